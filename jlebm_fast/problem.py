@@ -1,0 +1,124 @@
+"""What the four operations receive: plain records, checked once at the door, identical for every backend.
+
+    f(z)   = out_scale * head(logits),      logits = W_out h_L + b_out,   h_l = phi_l(W_l h_{l-1} + b_l),   h_0 = z
+    update   z <- z + c_grad * grad + c_prior * ((mean - z) * precision + extra_grad) + c_noise * eps
+
+No step size appears here: `dynamics.py` turns step sizes and noise scales into the three coefficients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from torch import Tensor
+
+ACTIVATIONS = ("identity", "leaky_relu", "relu", "gelu", "gelu_tanh", "silu", "mish", "tanh", "softplus", "elu")
+HEADS = ("identity", "tanh", "sigmoid", "softplus", "logsumexp", "logit")
+MAX_HIDDEN_LAYERS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPSpec:
+    """Shape and constants of an energy MLP, without its weights; hashable.
+
+    widths              (dim, H_1, …, H_L, J): input, hidden and logit widths, L >= 1
+    activations         phi_1 … phi_L, names from `ACTIVATIONS`
+    activation_params   one float per hidden layer: negative slope of leaky_relu, alpha of elu, beta of softplus, else 0
+    head                from `HEADS`; identity, tanh, sigmoid and softplus take J = 1;
+                        logsumexp takes J >= 1; logit picks one logit per chain
+    out_scale           f = out_scale * head(logits)
+    """
+
+    widths: tuple[int, ...]
+    activations: tuple[str, ...]
+    activation_params: tuple[float, ...]
+    head: str = "identity"
+    out_scale: float = 1.0
+
+    @property
+    def dim(self) -> int:
+        return self.widths[0]
+
+    @property
+    def n_hidden(self) -> int:
+        return len(self.widths) - 2
+
+    @property
+    def n_logits(self) -> int:
+        return self.widths[-1]
+
+    @property
+    def flops_per_chain_step(self) -> int:
+        """Multiply-adds of one forward and one input gradient, counted as two operations each."""
+        return 4 * sum(a * b for a, b in zip(self.widths, self.widths[1:]))
+
+
+class MLP(NamedTuple):
+    """An energy MLP ready to run: its spec and the effective (normalised, detached) parameters of this very call.
+
+    weights        L + 1 tensors [out, in], contiguous
+    biases         L + 1 tensors [out] or None
+    context_bias   [chains, H_1] or None: added to the first layer's pre-activation, constant along a chain
+    logit          [chains] int64 or None: the logit each chain follows, for head "logit"
+    """
+
+    spec: MLPSpec
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    context_bias: Tensor | None = None
+    logit: Tensor | None = None
+
+
+class Update(NamedTuple):
+    """All of a Langevin update except the gradient.
+
+    step_coefficients    [n_steps, 3]: (c_grad, c_prior, c_noise) of each step, dtype of z
+    chain_coefficients   [chains, 3] or None: factors multiplied onto the step's coefficients, per chain
+    prior_mean           [dim] or [chains, dim] or None (zero)
+    prior_precision      [dim] or [chains, dim] or None (no prior term): 1 / std²
+    frozen               bool [dim] or [chains, dim] or None; True keeps a coordinate as it is
+    noise                [n_steps, chains, dim] or None: eps from outside instead of the noise contract's
+    noise_key            unsigned 64-bit integer
+    first_step           index of the first step in the noise field
+    first_chain          index of the first chain in the noise field
+    extra_grad           [chains, dim] or None: gradient of a log-likelihood, constant over the call (n_steps is 1 then)
+    """
+
+    step_coefficients: Tensor
+    chain_coefficients: Tensor | None = None
+    prior_mean: Tensor | None = None
+    prior_precision: Tensor | None = None
+    frozen: Tensor | None = None
+    noise: Tensor | None = None
+    noise_key: int = 0
+    first_step: int = 0
+    first_chain: int = 0
+    extra_grad: Tensor | None = None
+
+
+class Record(NamedTuple):
+    """What a chain keeps besides its end: steps k with (k + 1) % thin == 0, so n_kept = n_steps // thin."""
+
+    diagnostics: bool = False
+    trajectory: bool = False
+    thin: int = 1
+
+
+class ChainResult(NamedTuple):
+    """End of a chain and what was recorded; unrequested fields are None.
+
+    z                [chains, dim] after the last step
+    energy           [n_kept, chains] f at the point where step k's gradient was taken (before its update)
+    grad_norm        [n_kept, chains] Euclidean norm of the gradient used there: ∇f plus extra_grad, without the prior
+    displacement     [n_kept, chains] Euclidean length of step k's move
+    first_bad_step   [chains] int64, index (counted from first_step) of the first step that left z non-finite, -1 if none
+    trajectory       [n_kept, chains, dim] z after step k
+    """
+
+    z: Tensor
+    energy: Tensor | None = None
+    grad_norm: Tensor | None = None
+    displacement: Tensor | None = None
+    first_bad_step: Tensor | None = None
+    trajectory: Tensor | None = None
