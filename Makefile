@@ -1,0 +1,32 @@
+# Everything runs from .venv, made by the first target that needs it and renewed when its inputs change.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+BUILD_INPUTS = pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test bench lint clean
+
+demo: .venv/ready
+	.venv/bin/jlebm train runs/demo
+
+test: .venv/ready
+	OMP_NUM_THREADS=2 .venv/bin/python -m pytest -n auto
+
+bench: .venv/ready-to-bench
+	.venv/bin/jlebm bench
+
+lint: .venv/ready
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs .venv/bin/clang-format --dry-run --Werror
+
+clean:
+	rm -rf .venv build dist *.egg-info jlebm_fast/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+.venv/ready: $(BUILD_INPUTS)
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) torch numpy setuptools wheel pybind11 cmake ninja
+	$(PIP) --no-build-isolation --editable '.[train,dev]'
+	touch $@
+
+.venv/ready-to-bench: .venv/ready
+	$(PIP) --no-build-isolation --editable '.[bench]'
+	touch $@
