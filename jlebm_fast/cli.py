@@ -1,0 +1,141 @@
+"""The command line `jlebm`: train, sample, figures, evaluate, bench, verify, info."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .training.options import TrainOptions
+
+# Modules of the extra "train"; the core runs without them.
+EXTRA_MODULES = {"tyro", "tqdm", "matplotlib", "datasets", "pyarrow", "PIL", "sklearn", "safetensors"}
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `jlebm` with `arguments` (default: the process's) and returns its exit code.
+
+    0: done. 1: the command failed, one sentence on stderr says why. 2: the arguments are wrong. 130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments[:1] == ["bench"]:
+            return _bench(arguments[1:])
+        import tyro  # noqa: F401
+
+        from .training.errors import RunError
+    except ModuleNotFoundError as error:
+        code = _missing_module(error)
+        if arguments == ["info"]:  # must help exactly where something is missing
+            print_versions()
+        return code
+    try:
+        return _run(arguments)
+    except ModuleNotFoundError as error:
+        return _missing_module(error)
+    except RunError as error:
+        return _fail(str(error))
+    except OSError as error:  # a full disk, a folder without permission: nothing to learn from a traceback
+        return _fail(f"{error.strerror or error}" + (f': "{error.filename}"' if error.filename else ""))
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+
+
+def _fail(sentence: str, code: int = FAILURE) -> int:
+    print(f"jlebm: {sentence}", file=sys.stderr)
+    return code
+
+
+def _missing_module(error: ModuleNotFoundError) -> int:
+    if error.name is None or error.name.split(".")[0] not in EXTRA_MODULES:
+        raise error
+    return _fail(f"this command needs the module {error.name}: pip install 'jlebm_fast[train]'")
+
+
+def _bench(arguments: list[str]) -> int:
+    """Hands over to the benchmarks, which have their own options and their own extra."""
+    from .bench import main as bench
+
+    return bench(arguments) or 0
+
+
+def _run(arguments: list[str]) -> int:
+    import tyro
+
+    from .training.commands import COMMANDS
+
+    def parse(default: Any = None) -> Any:
+        if default is not None:
+            return tyro.cli(type(default), args=arguments[1:], prog="jlebm train", default=default, config=config)
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="jlebm", description=__doc__.strip(), args=arguments, config=config
+        )
+
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    command = _parsed(parse)
+    if not dataclasses.is_dataclass(command):
+        return USAGE_ERROR if command is None else int(command)
+    if getattr(command, "resume", False):
+        # Options that are not given keep the run's own values: parse again with those as the defaults.
+        saved = dataclasses.replace(command, training=_saved_options(command.run))
+        command = _parsed(lambda: parse(saved))
+        _require_unchanged(saved.training, command.training)
+    return command.execute()
+
+
+def _parsed(parse: Callable[[], Any]) -> Any:
+    """The parsed command, or an exit code after one sentence on stderr (--help exits with 0)."""
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return parse()
+    except SystemExit as stop:
+        if not stop.code:
+            return 0
+        # The parser draws a box; what it says is between its frames, before the pointer to --help.
+        lines = [line.strip("│╭╮╰╯─ ") for line in message.getvalue().splitlines()]
+        lines = [line for line in lines[1:] if line]
+        said = []
+        for line in lines:
+            if line.startswith(("For full helptext", "Argument helptext")):
+                break
+            said.append(line)
+        return _fail(
+            " ".join(said or lines) + " (jlebm --help and jlebm COMMAND --help list what there is)", USAGE_ERROR
+        )
+
+
+def _saved_options(run: pathlib.Path) -> TrainOptions:
+    from .training.run_folder import RunFolder
+
+    return RunFolder(run).read_config().options
+
+
+def _require_unchanged(saved: TrainOptions, given: TrainOptions) -> None:
+    from .training.errors import RunError
+    from .training.options import RESUMABLE_CHANGES
+
+    for field in dataclasses.fields(saved):
+        before, now = getattr(saved, field.name), getattr(given, field.name)
+        if before != now and field.name not in RESUMABLE_CHANGES:
+            option = "--" + field.name.replace("_", "-")
+            raise RunError(f"--resume cannot change {option} from {before} to {now}: start another run for that")
+
+
+def print_versions() -> None:
+    """Prints versions and, for each backend, its devices or why it is missing and what to do about it."""
+    import platform
+
+    import torch
+
+    import jlebm_fast as jf
+
+    print(f"jlebm_fast {jf.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"threads {torch.get_num_threads()}, float32 matmul precision {torch.get_float32_matmul_precision()}")
+    print(jf.available_backends())

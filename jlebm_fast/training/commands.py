@@ -1,0 +1,186 @@
+"""The commands of `jlebm` as typed dataclasses: fields are options, `execute` does the work, returns the exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import tyro
+
+from .errors import RunError
+from .options import TrainOptions
+from .run_folder import RunFolder
+
+Run = tyro.conf.Positional[pathlib.Path]
+Device = Literal["auto", "cpu", "cuda"]
+Count = Annotated[int, tyro.conf.arg(aliases=["-n"])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Learn a joint latent energy prior with its multi-layer generator on images, into a run folder."""
+
+    run: Run = pathlib.Path("runs/digits")
+    """Run folder: config, metrics, checkpoint and figures."""
+    resume: bool = False
+    """Go on with the run that is in the folder, bit for bit as if it had never stopped."""
+    overwrite: bool = False
+    """Replace the run that is in the folder."""
+    no_figures: bool = False
+    """Draw no figures when training is done."""
+    training: TrainOptions = dataclasses.field(default_factory=TrainOptions)
+
+    def execute(self) -> int:
+        from .figures import make_figures
+        from .loop import train
+
+        folder = train(self.run, self.training, resume=self.resume, overwrite=self.overwrite)
+        print(folder.checkpoint)
+        if not self.no_figures:
+            _print_paths(make_figures(folder.path, seed=self.training.seed, device=self.training.device))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Draw images from a run's prior, all in one call."""
+
+    run: Run
+    """Run folder."""
+    n: Count = 100
+    """Samples to draw."""
+    seed: int = 0
+    """Same seed, same samples."""
+    out: pathlib.Path | None = None
+    """Folder for samples.npz and samples.png; by default RUN/samples."""
+    png_files: bool = False
+    """Also write one PNG file per sample."""
+    device: Device = "auto"
+    """auto takes a GPU if there is one."""
+
+    def execute(self) -> int:
+        from .samples import sample_run
+
+        out = sample_run(self.run, self.n, seed=self.seed, out=self.out, png_files=self.png_files, device=self.device)
+        _print_paths([out / "samples.npz", out / "samples.png"])
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Draw a run's figures anew: samples, reconstructions, layers, traverse, long chain, learning curves."""
+
+    run: Run
+    """Run folder."""
+    seed: int = 0
+    """Of the samples that are drawn."""
+    device: Device = "auto"
+    """auto takes a GPU if there is one."""
+
+    def execute(self) -> int:
+        from .figures import make_figures
+
+        _print_paths(make_figures(self.run, seed=self.seed, device=self.device))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure a run: Fréchet distance to held-out images in the features of a small classifier trained on the run's
+    images, for the prior's samples and for N(0, I) through the same generator, and the reconstruction error."""
+
+    run: Run
+    """Run folder."""
+    n: Count = 10_000
+    """Samples to draw."""
+    seed: int = 0
+    """Of the samples."""
+    device: Device = "auto"
+    """auto takes a GPU if there is one."""
+
+    def execute(self) -> int:
+        from .checkpoints import write_atomically
+        from .frechet import evaluate
+
+        result = evaluate(self.run, self.n, seed=self.seed, device=self.device)
+        for name, value in result.items():
+            print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
+        write_atomically(self.run / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Check every backend on an energy: parity with the oracle and laws of the noise, as a short certificate."""
+
+    run: tyro.conf.Positional[pathlib.Path | None] = None
+    """Run folder whose energy is checked; without one, a fresh net."""
+    device: Device = "auto"
+    """auto takes a GPU if there is one."""
+
+    def execute(self) -> int:
+        import jlebm_fast as jf
+
+        from .run_folder import open_run, pick_device
+
+        if self.run is None:
+            energy = jf.EnergyMLP((2, 2, 2, 10), hidden=50, depth=4).to(pick_device(self.device))
+        else:
+            energy = open_run(self.run, self.device)[2].energy
+            if energy is None:
+                raise RunError(f'the run in "{self.run}" has a Gaussian prior: there is no energy to verify')
+        certificate = jf.verify(energy)
+        print(certificate)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Show versions and backends, what is missing and how to get it; with a run folder, also that run."""
+
+    run: tyro.conf.Positional[pathlib.Path | None] = None
+    """Run folder."""
+
+    def execute(self) -> int:
+        from jlebm_fast.cli import print_versions
+
+        print_versions()
+        if self.run is not None:
+            _print_run(RunFolder(self.run))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Time the kernels against their rivals (jlebm bench --help lists its options)."""
+
+
+COMMANDS = {
+    "train": Train,
+    "sample": Sample,
+    "figures": Figures,
+    "evaluate": Evaluate,
+    "bench": Bench,
+    "verify": Verify,
+    "info": Info,
+}
+
+
+def _print_paths(paths: Sequence[pathlib.Path]) -> None:
+    for path in paths:
+        print(path)
+
+
+def _print_run(folder: RunFolder) -> None:
+    config = folder.read_config()
+    options = config.options
+    print(f"\nrun {folder.path}: model {config.model}, prior {options.prior}, latent dims {options.latent_dims}")
+    print(
+        f"images: {options.data}, {config.n_images} of {config.image_size} pixels, {config.image_channels} channel(s)"
+    )
+    lines = folder.read_metrics() if folder.metrics.is_file() else []
+    print("metrics: " + (json.dumps(lines[-1]) if lines else "none yet"))
+    print(f"checkpoint: {folder.checkpoint if folder.checkpoint.is_file() else 'none yet'}")

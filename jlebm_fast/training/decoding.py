@@ -1,0 +1,105 @@
+"""Encoded images of any format to one uint8 array of one size."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import ImageError
+from .progress import progress_bar
+
+AUTOMATIC_SIZES = (16, 32, 64)  # image_size=None takes the smallest that holds the images, or shrinks to the last
+GREY_MODES = {"1", "L", "LA"}
+COLOUR_MODES = {"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"}
+# What Pillow raises for files that are cut off, garbled or absurdly large.
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, Image.DecompressionBombError)
+
+
+def decode_images(encoded: Sequence[tuple[str, Any]], image_size: int | None) -> np.ndarray:
+    """Decodes, converts and fits images.
+
+    Images are grey if all of them are, else RGB. Those at most half the target size are enlarged, those that fit are
+    centred with their edges repeated, larger ones lose their longer side's ends and are shrunk. A progress bar shows
+    when it takes more than two seconds.
+
+    Arguments:
+        encoded: pairs (origin, content); content is a path, bytes of an image file, or uint8 pixels [height, width]
+            or [height, width, 3].
+        image_size: pixels a side, or None to choose from `AUTOMATIC_SIZES`; then all images must be of one size.
+
+    Returns:
+        uint8 [n, channels, image_size, image_size].
+
+    Raises:
+        ImageError: an image cannot be read, or sizes differ and `image_size` is None.
+    """
+    if image_size is not None and (image_size < 8 or image_size > 256 or image_size & (image_size - 1)):
+        raise ImageError(f"--image-size must be 8, 16, 32, 64, 128 or 256, got {image_size}")
+    fitted, first_size, any_colour = [], None, False
+    for origin, content in progress_bar(encoded, desc="reading images", unit="image", delay=2, leave=False):
+        image = _open(origin, content)
+        if first_size is None:
+            first_size, first_origin = image.size, origin
+        if image_size is None and image.size != first_size:
+            a, b = first_size, image.size
+            raise ImageError(
+                f"images differ in size: {a[0]}x{a[1]} in {first_origin}, {b[0]}x{b[1]} in {origin}; "
+                "pass --image-size to bring them to one"
+            )
+        size = image_size or _automatic_size(first_size)
+        any_colour = any_colour or image.mode == "RGB"
+        fitted.append(np.asarray(_fit(image, size)))
+    if any_colour:
+        fitted = [np.repeat(p[:, :, None], 3, axis=2) if p.ndim == 2 else p for p in fitted]
+        return np.ascontiguousarray(np.stack(fitted).transpose(0, 3, 1, 2))
+    return np.stack(fitted)[:, None]
+
+
+def _open(origin: str, content: Any) -> Image.Image:
+    """A fully read image of mode "L" or "RGB"."""
+    if isinstance(content, np.ndarray):
+        return Image.fromarray(content)
+    is_file = isinstance(content, str | os.PathLike)
+    if not is_file and len(content) == 0:
+        raise ImageError(f"{origin} is an empty image")
+    try:
+        if is_file and os.path.getsize(content) == 0:
+            raise ImageError(f"{origin} is an empty image file")
+        with Image.open(content if is_file else io.BytesIO(content)) as image:
+            image.load()
+            if image.mode not in GREY_MODES | COLOUR_MODES:
+                raise ImageError(f'{origin} has pixel format "{image.mode}", need 8 bits per channel: convert it first')
+            return image.convert("L" if image.mode in GREY_MODES else "RGB")
+    except UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ImageError(f"cannot read image {origin}: {reason}") from error
+
+
+def _automatic_size(size: tuple[int, int]) -> int:
+    if max(size) * 2 <= AUTOMATIC_SIZES[0]:
+        return AUTOMATIC_SIZES[0]
+    return next((s for s in AUTOMATIC_SIZES if s >= max(size)), AUTOMATIC_SIZES[-1])
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    if max(width, height) > size:
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    if max(width, height) * 2 <= size:
+        scale = size / max(width, height)
+        width, height = round(width * scale), round(height * scale)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if (width, height) == (size, size):
+        return image
+    left, top = (size - width) // 2, (size - height) // 2
+    pixels = np.asarray(image)
+    margins = [(top, size - height - top), (left, size - width - left)] + [(0, 0)] * (pixels.ndim - 2)
+    return Image.fromarray(np.pad(pixels, margins, mode="edge"))

@@ -1,0 +1,62 @@
+"""Drawing from a trained run: any number of samples by one call of the prior chain."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .errors import RunError
+from .figures import tile
+from .run_folder import open_run
+from .sources import to_pixels
+
+PREVIEW = 100  # images in samples.png
+
+
+def sample_run(
+    run: pathlib.Path | str,
+    n: int,
+    *,
+    seed: int = 0,
+    out: pathlib.Path | None = None,
+    png_files: bool = False,
+    device: str = "auto",
+) -> pathlib.Path:
+    """Draws `n` images from a run's prior and writes samples.npz, a preview samples.png and, on wish, a PNG per image.
+
+    samples.npz holds `images` (uint8 [n, size, size] or [n, size, size, 3]) and `z` (float32 [n, dim], layers side by
+    side, bottom to top).
+
+    Arguments:
+        run: the run folder.
+        n: samples to draw, in one chain call.
+        seed: same seed, same samples.
+        out: folder to write to; None is RUN/samples.
+        png_files: also write 000000.png, 000001.png, … into the folder png/, for tools that read folders.
+
+    Returns:
+        The folder written to.
+
+    Raises:
+        RunError: there is no trained run, or `n` is not positive.
+    """
+    if n < 1:
+        raise RunError(f"-n must be a positive number of samples, got {n}")
+    folder, _, model = open_run(run, device)
+    out = folder.samples if out is None else pathlib.Path(out)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    zs = model.sample_prior(n, generator)
+    pixels = to_pixels(model.decode(zs))
+    images = pixels.permute(0, 2, 3, 1).numpy()
+    images = images[..., 0] if images.shape[-1] == 1 else images
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez(out / "samples.npz", images=images, z=torch.cat(zs, dim=1).cpu().numpy())
+    Image.fromarray(tile(pixels[:PREVIEW], columns=10)).save(out / "samples.png")
+    if png_files:
+        (out / "png").mkdir(exist_ok=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(out / "png" / f"{i:06d}.png")
+    return out
