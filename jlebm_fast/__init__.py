@@ -1,0 +1,25 @@
+"""Fast Langevin sampling of joint latent energy-based priors.
+
+>>> import torch, jlebm_fast as jf
+>>> f = jf.EnergyMLP(latent_dims=(2, 2, 2, 10), hidden=50, depth=4, spectral_norm=True)
+>>> prior = jf.FastLangevin(f, n_steps=60, step_size=0.4)
+>>> z = prior([torch.randn(100, d) for d in (2, 2, 2, 10)])
+"""
+
+from .dynamics import GaussianPrior
+from .energy import EnergyMLP
+from .functional import energy_and_grad, langevin_noise, langevin_step
+from .sampler import FastLangevin, LangevinInfo
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EnergyMLP",
+    "FastLangevin",
+    "GaussianPrior",
+    "LangevinInfo",
+    "__version__",
+    "energy_and_grad",
+    "langevin_noise",
+    "langevin_step",
+]

@@ -1,0 +1,86 @@
+"""The list of backends, and the choice among them: by reasons known before the launch, never after an exception.
+
+A backend is one module with NAME, `unavailable_reason()`, `unsupported_reason(op, …)`, `regime(op, spec)` and the four
+operations `langevin_noise`, `langevin_step`, `mlp_energy_grad`, `mlp_langevin_chain`. To add one: write the module
+`backends/<name>.py`; its place in line stands in `ORDER`. Modules are imported when first asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from types import ModuleType
+
+import torch
+
+from ..problem import MLPSpec, Update
+
+OPS = ("langevin_noise", "langevin_step", "mlp_energy_grad", "mlp_langevin_chain")
+
+NAMES = ("cuda", "triton", "cpu", "eager")
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
+ORDER_ELSEWHERE = ("eager",)
+
+
+@functools.cache
+def load(name: str) -> ModuleType | None:
+    """The backend's module, or None where this version of the package has none of that name."""
+    module = f"{__name__}.{name}"
+    return None if importlib.util.find_spec(module) is None else importlib.import_module(module)
+
+
+def unavailable_reason(name: str) -> str | None:
+    """Why the backend cannot serve any call in this process, with the remedy; None if it can."""
+    module = load(name)
+    if module is None:
+        return f"this version of jlebm_fast has no {name} kernels; use backend='eager', which runs on every device"
+    return module.unavailable_reason()
+
+
+def reason_against(
+    name: str,
+    op: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    spec: MLPSpec | None = None,
+    update: Update | None = None,
+) -> str | None:
+    """Why this backend cannot serve this call; None if it can."""
+    reason = unavailable_reason(name)
+    if reason is None:
+        reason = load(name).unsupported_reason(op, device=device, dtype=dtype, spec=spec, update=update)
+    return reason
+
+
+def check_name(backend: str) -> str:
+    """`backend`, which must be "auto" or the name of a backend."""
+    if backend != "auto" and backend not in NAMES:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
+    return backend
+
+
+def candidates(backend: str, device: torch.device) -> tuple[str, ...]:
+    """The names to try, in order."""
+    return ORDER.get(device.type, ORDER_ELSEWHERE) if backend == "auto" else (check_name(backend),)
+
+
+def choose(
+    op: str,
+    backend: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    spec: MLPSpec | None = None,
+    update: Update | None = None,
+) -> ModuleType:
+    """The first backend that can serve the call.
+
+    Raises:
+        ValueError: a backend asked for by name cannot serve it; the message carries the reason.
+    """
+    for name in candidates(backend, device):
+        reason = reason_against(name, op, device=device, dtype=dtype, spec=spec, update=update)
+        if reason is None:
+            return load(name)
+    raise ValueError(f"backend {name!r} cannot run {op}: {reason}")

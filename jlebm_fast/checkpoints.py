@@ -1,0 +1,66 @@
+"""Parameter names of the published checkpoints, translated into those of EnergyMLP."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .energy import EnergyMLP
+
+# how a layer's tensors are called in other codes → here; the first is plain, the second torch.nn.utils.spectral_norm,
+# the third torch.nn.utils.parametrizations.spectral_norm
+_SUFFIXES = {
+    "weight": "weight",
+    "bias": "bias",
+    "weight_orig": "weight",
+    "weight_u": "weight_u",
+    "weight_v": "weight_v",
+    "parametrizations.weight.original": "weight",
+    "parametrizations.weight.0._u": "weight_u",
+    "parametrizations.weight.0._v": "weight_v",
+}
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    """("energy.fc1", "weight_orig") for "energy.fc1.weight_orig"; None for a key that is no layer's."""
+    for suffix in sorted(_SUFFIXES, key=len, reverse=True):
+        if key.endswith("." + suffix):
+            return key[: -len(suffix) - 1], suffix
+    return None
+
+
+def rename_keys(energy: EnergyMLP, state_dict: dict[str, Any], prefix: str) -> None:
+    """While loading: foreign names (`energy.fc1.weight`, `ebm.0.weight_orig`, …) become `layers.l.…`, in their order.
+
+    Runs on the shallow copy that load_state_dict makes. Leaves the names alone, and so torch's own messages about
+    missing and unexpected keys in place, when they are native or when the layers do not match in number.
+    """
+    foreign = [key for key in state_dict if key.startswith(prefix) and isinstance(state_dict[key], Tensor)]
+    if any(key.startswith(prefix + "layers.") for key in foreign):
+        return
+    stems: dict[str, dict[str, str]] = {}
+    for key in foreign:
+        split = _split(key)
+        if split is None:
+            return
+        stems.setdefault(split[0], {})[split[1]] = key
+    if len(stems) != len(energy.layers):
+        return
+    for number, names in enumerate(stems.values()):
+        layer = energy.layers[number]
+        for suffix, key in names.items():
+            value = state_dict.pop(key)
+            target = _SUFFIXES[suffix]
+            if target == "weight" and value.dim() == 4 and value.shape[2:] == (1, 1):
+                value = value.flatten(1)  # a 1 x 1 convolution on [chains, dim, 1, 1] is a linear layer
+            if target in ("weight_u", "weight_v") and not layer.spectral_norm:
+                raise ValueError(
+                    f"the checkpoint's {key} belongs to spectral norm: make this EnergyMLP with spectral_norm=True"
+                )
+            state_dict[f"{prefix}layers.{number}.{target}"] = value
+        if layer.spectral_norm and f"{prefix}layers.{number}.weight_u" not in state_dict:
+            raise ValueError(
+                f"the checkpoint's layer {number} has no spectral norm: make this EnergyMLP with spectral_norm=False"
+            )

@@ -1,0 +1,33 @@
+"""One way to say what came: shape, dtype and device of a tensor in words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SUPPORTED_DTYPES = (torch.float32, torch.float64)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(value: object) -> str:
+    """ "[100, 12] float64 on cpu" for a tensor, the type's name for anything else.
+
+    >>> describe(torch.zeros(100, 12))
+    '[100, 12] float32 on cpu'
+    """
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} {dtype_name(value.dtype)} on {value.device}"
+    return type(value).__name__
+
+
+def check_like(name: str, tensor: Tensor, shapes: tuple[tuple[int, ...], ...], like: Tensor) -> Tensor:
+    """`tensor`, which must have one of `shapes` and the dtype and device of `like`."""
+    if not isinstance(tensor, Tensor) or (
+        tuple(tensor.shape) not in shapes or tensor.dtype != like.dtype or tensor.device != like.device
+    ):
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} must be {expected} {dtype_name(like.dtype)} on {like.device}, got {describe(tensor)}")
+    return tensor

@@ -1,0 +1,146 @@
+"""Step sizes, noise scales and priors of the papers, turned into coefficients. The only place with s²/2.
+
+    paper    z <- z + s²/2 (∇f(z) + (mean − z)/std² + ∇ log-likelihood) + s · noise_scale · eps
+    ops      z <- z + c_grad ∇f + c_prior ((mean − z) · precision + extra_grad) + c_noise eps
+
+Source: Cui, Wu, Han, "Learning Hierarchical Features with Joint Latent Space Energy-Based Prior", ICCV 2023, eq. 8;
+Pang et al., "Learning Latent Space Energy-Based Prior Model", NeurIPS 2020, eq. 7.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import describe
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GaussianPrior:
+    """The Gaussian p0(z) = N(mean, std²) that an energy tilts: p(z) ∝ exp(f(z)) p0(z).
+
+    Its drift term is (mean − z)/std².
+
+    Args:
+        mean: float, or tensor [dim], [chains, 1] or [chains, dim]
+        std: the same; positive
+
+    Raises:
+        ValueError: std is not positive, or at the call a shape does not fit z.
+
+    Example:
+        >>> GaussianPrior(std=0.5)
+        GaussianPrior(mean=0.0, std=0.5)
+        >>> per_dimension = GaussianPrior(mean=torch.zeros(16), std=torch.ones(16))
+    """
+
+    mean: float | Tensor = 0.0
+    std: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if not isinstance(value, (float, int, Tensor)):
+                raise ValueError(f"{name} of the prior must be a float or a tensor, got {describe(value)}")
+            finite = torch.isfinite(torch.as_tensor(value)).all()
+            if not finite:
+                raise ValueError(f"{name} of the prior must be finite")
+        if not (torch.as_tensor(self.std) > 0).all():
+            raise ValueError(f"std of the prior must be positive, got {self.std}")
+
+    def terms(self, z: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(mean or None where it is zero, precision 1/std²), each [dim] or [chains, dim] like z [chains, dim]."""
+        if isinstance(self.mean, (float, int)) and self.mean == 0:
+            mean = None
+        else:
+            mean = _broadcast("mean of the prior", self.mean, z).to(z.dtype)
+        precision = _broadcast("std of the prior", self.std, z)
+        return mean, precision.to(torch.float64).pow(-2).to(z.dtype)
+
+
+def _broadcast(name: str, value: float | Tensor, z: Tensor) -> Tensor:
+    chains, dim = z.shape
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return torch.full((dim,), float(value), dtype=torch.float64, device=z.device)
+    value = value.detach()
+    if value.device != z.device or tuple(value.shape) not in ((dim,), (chains, 1), (chains, dim)):
+        raise ValueError(
+            f"{name} must be a float or a tensor [{dim}], [{chains}, 1] or [{chains}, {dim}] on {z.device}, "
+            f"got {describe(value)}"
+        )
+    return value.contiguous() if value.dim() == 1 else value.expand(chains, dim).contiguous()
+
+
+def check_schedule(
+    name: str, value: float | Sequence[float] | Tensor, n_steps: int
+) -> float | tuple[float, ...] | Tensor:
+    """A float, a tuple of n_steps floats, or a per-chain tensor [chains]: finite and not negative."""
+    if isinstance(value, Tensor) and value.dim() == 1:
+        if not value.dtype.is_floating_point:
+            raise ValueError(f"{name} must be a floating point tensor [chains], got {describe(value)}")
+        if not (torch.isfinite(value) & (value >= 0)).all():
+            raise ValueError(f"{name} must be finite and not negative in every chain")
+        return value.detach()
+    if isinstance(value, Tensor) and value.dim() > 1:
+        raise ValueError(f"{name} must be a float, a sequence of {n_steps} or a tensor [chains], got {describe(value)}")
+    if isinstance(value, str) or value is None:
+        raise ValueError(f"{name} must be a float, a sequence of {n_steps} or a tensor [chains], got {value!r}")
+    if isinstance(value, (float, int, Tensor)) or not hasattr(value, "__len__"):
+        entries: tuple[float, ...] = (float(value),)
+        result: float | tuple[float, ...] = entries[0]
+    else:
+        entries = result = tuple(float(v) for v in value)
+        if len(entries) != n_steps:
+            raise ValueError(
+                f"{name} as a sequence must have n_steps = {n_steps} entries, got {len(entries)} "
+                "(one value per chain is given as a tensor)"
+            )
+    if not all(math.isfinite(v) and v >= 0 for v in entries):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return result
+
+
+def step_coefficients(
+    step_size: float | tuple[float, ...] | Tensor, noise_scale: float | tuple[float, ...] | Tensor, n_steps: int
+) -> list[tuple[float, float, float]]:
+    """The per-step factors (c_grad, c_prior, c_noise); a per-chain schedule contributes 1 here."""
+    rows = []
+    for k in range(n_steps):
+        s = 1.0 if isinstance(step_size, Tensor) else step_size[k] if isinstance(step_size, tuple) else step_size
+        scale = (
+            1.0
+            if isinstance(noise_scale, Tensor)
+            else noise_scale[k]
+            if isinstance(noise_scale, tuple)
+            else noise_scale
+        )
+        # the one half of a per-chain step size stands in the per-chain factor
+        drift = 1.0 if isinstance(step_size, Tensor) else s * s / 2
+        rows.append((drift, drift, s * scale))
+    return rows
+
+
+def chain_coefficients(step_size: object, noise_scale: object, z: Tensor) -> Tensor | None:
+    """The per-chain factors [chains, 3] in z's dtype, computed in float64 and rounded once; None without any."""
+    if not isinstance(step_size, Tensor) and not isinstance(noise_scale, Tensor):
+        return None
+    factors = torch.ones(z.shape[0], 3, dtype=torch.float64, device=z.device)
+    if isinstance(step_size, Tensor):
+        s = _per_chain("step_size", step_size, z)
+        factors[:, 0] = s * s / 2
+        factors[:, 1] = factors[:, 0]
+        factors[:, 2] = s
+    if isinstance(noise_scale, Tensor):
+        factors[:, 2] *= _per_chain("noise_scale", noise_scale, z)
+    return factors.to(z.dtype)
+
+
+def _per_chain(name: str, value: Tensor, z: Tensor) -> Tensor:
+    if value.dim() != 1 or value.shape[0] != z.shape[0] or value.device != z.device:
+        raise ValueError(
+            f"{name} as a tensor must be [{z.shape[0]}] (one per chain) on {z.device}, got {describe(value)}"
+        )
+    return value.detach().to(torch.float64)

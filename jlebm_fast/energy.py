@@ -1,0 +1,255 @@
+"""EnergyMLP: the energy networks of the papers, f(z) = head(MLP([z_1 … z_L; c])), as an nn.Module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checkpoints
+from .backends import eager
+from .checks import describe, dtype_name
+from .latents import LatentLayout, flatten_latents
+from .ops import check_spec
+from .problem import ACTIVATIONS, HEADS, MLP, MLPSpec
+from .spectral import top_singular_vectors
+
+
+class EnergyLinear(nn.Linear):
+    """nn.Linear whose effective weight may be spectrally normalised, W / sigma_max(W), with converged vectors.
+
+    Buffers weight_u [out] and weight_v [in] hold the singular vectors between calls, so that convergence costs one or
+    two power iterations; only a forward in training mode writes them.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, spectral_norm: bool) -> None:
+        super().__init__(in_features, out_features)
+        self.spectral_norm = spectral_norm
+        if spectral_norm:
+            self.register_buffer("weight_u", F.normalize(torch.randn(out_features), dim=0))
+            self.register_buffer("weight_v", F.normalize(torch.randn(in_features), dim=0))
+            self.converge()
+
+    @torch.no_grad()
+    def converge(self) -> None:
+        """Bring weight_u and weight_v to the top singular pair of the present weight."""
+        u, v = top_singular_vectors(self.weight, self.weight_u)
+        self.weight_u.copy_(u)
+        self.weight_v.copy_(v)
+
+    def effective_weight(self) -> Tensor:
+        """W, or W / (uᵀ W v): differentiable in W, u and v taken as constants."""
+        if not self.spectral_norm:
+            return self.weight
+        u, v = top_singular_vectors(self.weight, self.weight_u)
+        return self.weight / torch.dot(u, torch.mv(self.weight, v))
+
+
+class EnergyMLP(nn.Module):
+    """Energy f(z) = head(W_out h_L + b_out), h_l = phi(W_l h_{l−1} + b_l), h_0 = [z_1 … z_L; c].
+
+    Args:
+        latent_dims: widths of the latent layers (d_1, …, d_L), or one width
+        hidden: units per hidden layer, or a sequence of `depth` widths
+        depth: hidden layers, 1 to 16
+        activation: leaky_relu, relu, gelu (exact, erf), gelu_tanh, silu, mish, tanh, softplus, elu or identity
+        negative_slope: slope of leaky_relu left of zero
+        out_features: logits J
+        head: identity, tanh, sigmoid, softplus (J = 1), logsumexp (over J logits) or logit (one chosen logit y)
+        spectral_norm: divide every weight by its largest singular value, computed to convergence (see `spectral.py`)
+        context_dim: width of a condition c appended to z
+
+    Shape:
+        forward(z, context=None, y=None) -> f [chains]; z [chains, dim], [chains, dim, 1, 1] or a list of layers
+        [chains, d_l]; context [chains, context_dim] or [context_dim]; y [chains] int64 or an int. With y, a logsumexp
+        head gives the chosen logit instead. Differentiable, also twice, in z, context and the parameters.
+
+    Raises:
+        ValueError: an argument outside the ranges above, or an input that does not fit.
+
+    Example:
+        >>> f = EnergyMLP(latent_dims=(2, 2, 2, 10), hidden=50, depth=4, spectral_norm=True)
+        >>> f([torch.randn(3, d) for d in (2, 2, 2, 10)]).shape
+        torch.Size([3])
+
+    Source: Cui, Wu, Han, ICCV 2023, section 3.1 (the joint energy); Pang et al., NeurIPS 2020, eq. 2 (one layer);
+    Pang and Wu, ICML 2021 (logsumexp and chosen logit).
+    """
+
+    def __init__(
+        self,
+        latent_dims: int | Sequence[int],
+        hidden: int | Sequence[int],
+        depth: int,
+        *,
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.2,
+        out_features: int = 1,
+        head: str = "identity",
+        spectral_norm: bool = False,
+        context_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        dims = (latent_dims,) if isinstance(latent_dims, int) else tuple(latent_dims)
+        if not dims or any(not isinstance(d, int) or d < 1 for d in dims):
+            raise ValueError(f"latent_dims must be one or more positive integers, got {latent_dims!r}")
+        if not isinstance(depth, int) or depth < 1:
+            raise ValueError(f"depth must be an integer >= 1, got {depth!r}")
+        widths = (hidden,) * depth if isinstance(hidden, int) else tuple(hidden)
+        if len(widths) != depth:
+            raise ValueError(f"hidden must be one width or {depth} widths (depth = {depth}), got {hidden!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+        if not isinstance(context_dim, int) or context_dim < 0:
+            raise ValueError(f"context_dim must be an integer >= 0, got {context_dim!r}")
+        if not math.isfinite(negative_slope):
+            raise ValueError(f"negative_slope must be finite, got {negative_slope!r}")
+        parameter = {"leaky_relu": float(negative_slope), "elu": 1.0, "softplus": 1.0}.get(activation, 0.0)
+        spec = MLPSpec((sum(dims), *widths, out_features), (activation,) * depth, (parameter,) * depth, head)
+        check_spec(spec)
+        self._set_up(dims, spec, bool(spectral_norm), context_dim)
+
+    def _set_up(self, dims: tuple[int, ...], spec: MLPSpec, spectral_norm: bool, context_dim: int) -> None:
+        self.latent_dims = dims
+        self.context_dim = context_dim
+        self.spec = spec
+        self.spectral_norm = spectral_norm
+        # out_scale rides along, so that a copied energy of any sign stays what it was
+        self._logit_spec = MLPSpec(spec.widths, spec.activations, spec.activation_params, "logit", spec.out_scale)
+        ins = (spec.widths[0] + context_dim, *spec.widths[1:-1])
+        self.layers = nn.ModuleList(
+            EnergyLinear(a, b, spectral_norm=spectral_norm) for a, b in zip(ins, spec.widths[1:], strict=True)
+        )
+
+    @classmethod
+    def from_module(cls, net: nn.Module, latent_dims: int | Sequence[int]) -> EnergyMLP:
+        """An EnergyMLP that computes what a recognised module computes, with its own copy of the parameters.
+
+        Args:
+            net: a module that `FastLangevin` recognises; spectral norm is folded into the copied weights
+            latent_dims: widths of the latent layers that net takes (a list of them: net is called with a list)
+
+        Raises:
+            ValueError: net is not recognised; the message names the layer and the reason.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(16, 50), nn.GELU(), nn.Linear(50, 1))
+            >>> EnergyMLP.from_module(net, 16).spec.widths
+            (16, 50, 1)
+        """
+        from .recognition import Unrecognised, recognise  # recognition knows EnergyMLP
+
+        one = isinstance(latent_dims, int)
+        dims = (latent_dims,) if one else tuple(latent_dims)
+        layout = LatentLayout(Tensor, dims, ((),)) if one else LatentLayout(list, dims, ((),) * len(dims))
+        found = recognise(net, layout)
+        if isinstance(found, Unrecognised):
+            raise ValueError(f"net cannot be copied into an EnergyMLP: {found.reason}")
+        mlp = found.mlp()
+        energy = cls.__new__(cls)
+        nn.Module.__init__(energy)
+        energy._set_up(dims, mlp.spec, False, 0)
+        energy.to(mlp.weights[0].device, mlp.weights[0].dtype)
+        with torch.no_grad():
+            for layer, weight, bias in zip(energy.layers, mlp.weights, mlp.biases, strict=True):
+                layer.weight.copy_(weight)
+                if bias is None:
+                    layer.bias = None
+                else:
+                    layer.bias.copy_(bias)
+        return energy.train(net.training)
+
+    def forward(
+        self, z: Tensor | Sequence[Tensor], context: Tensor | None = None, y: Tensor | int | None = None
+    ) -> Tensor:
+        """f(z), or f(z, c), [chains]."""
+        flat = self._flatten(z)
+        if self.training and self.spectral_norm:
+            for layer in self.layers:
+                layer.converge()
+        return eager.mlp_forward(flat, self.mlp(flat, context, y))[0]
+
+    def _flatten(self, z: Tensor | Sequence[Tensor]) -> Tensor:
+        if isinstance(z, Tensor):
+            flat = z.flatten(1) if z.dim() == 4 and z.shape[2:] == (1, 1) else z
+        else:
+            layout = flatten_latents(z)[1]
+            if layout.dims != self.latent_dims:
+                raise ValueError(f"z must be layers of widths {self.latent_dims}, got {layout.dims}")
+            flat = torch.cat([layer.flatten(1) for layer in z], dim=1)
+        self.check_z(flat)
+        return flat
+
+    def check_z(self, z: Tensor) -> None:
+        """z [chains, dim] with the dtype and device of the parameters."""
+        weight = self.layers[0].weight
+        if z.dim() != 2 or z.shape[1] != self.spec.dim or z.dtype != weight.dtype or z.device != weight.device:
+            raise ValueError(
+                f"z must be [chains, {self.spec.dim}] {dtype_name(weight.dtype)} on {weight.device}, got {describe(z)}"
+            )
+
+    def mlp(self, z: Tensor, context: Tensor | None = None, y: Tensor | int | None = None) -> MLP:
+        """The parameters of this moment as the operations take them; attached to autograd unless grad mode is off."""
+        weights = [layer.effective_weight() for layer in self.layers]
+        biases = tuple(layer.bias for layer in self.layers)
+        context_bias = None
+        if self.context_dim:
+            context_bias = F.linear(self._check_context(context, z), weights[0][:, self.spec.dim :])
+            weights[0] = weights[0][:, : self.spec.dim].contiguous()
+        elif context is not None:
+            raise ValueError("context was given to an EnergyMLP with context_dim = 0")
+        if y is None:
+            if self.spec.head == "logit":
+                raise ValueError("y must name a logit: this EnergyMLP has head 'logit'")
+            return MLP(self.spec, tuple(weights), biases, context_bias)
+        return MLP(self._logit_spec, tuple(weights), biases, context_bias, self._check_logit(y, z))
+
+    def _check_context(self, context: Tensor | None, z: Tensor) -> Tensor:
+        chains = z.shape[0]
+        shapes = ((self.context_dim,), (chains, self.context_dim))
+        if (
+            not isinstance(context, Tensor)
+            or tuple(context.shape) not in shapes
+            or context.dtype != z.dtype
+            or context.device != z.device
+        ):
+            raise ValueError(
+                f"context must be [{chains}, {self.context_dim}] or [{self.context_dim}] {dtype_name(z.dtype)} on "
+                f"{z.device}, got {describe(context)}"
+            )
+        return context.expand(chains, self.context_dim)
+
+    def _check_logit(self, y: Tensor | int, z: Tensor) -> Tensor:
+        n_logits, chains = self.spec.n_logits, z.shape[0]
+        if self.spec.head not in ("logit", "logsumexp"):
+            raise ValueError(f"y chooses a logit of a logsumexp or logit head, but this head is {self.spec.head!r}")
+        if isinstance(y, int) and not isinstance(y, bool) and 0 <= y < n_logits:
+            return torch.full((chains,), y, dtype=torch.int64, device=z.device)
+        if (
+            not isinstance(y, Tensor)
+            or y.dtype != torch.int64
+            or tuple(y.shape) != (chains,)
+            or y.device != z.device
+            or (chains and not (int(y.min()) >= 0 and int(y.max()) < n_logits))
+        ):
+            raise ValueError(
+                f"y must be an int or int64 [{chains}] on {z.device} with entries in [0, {n_logits}), got "
+                f"{describe(y) if isinstance(y, Tensor) else repr(y)}"
+            )
+        return y.contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        checkpoints.rename_keys(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return (
+            f"latent_dims={self.latent_dims}, widths={spec.widths}, activation={spec.activations[0]}, "
+            f"head={spec.head}, spectral_norm={self.spectral_norm}, context_dim={self.context_dim}"
+        )

@@ -1,0 +1,63 @@
+"""What FastLangevin.explain prints: the path a call would take, and every reason behind it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from . import backends
+from .latents import LatentLayout
+from .problem import MLPSpec
+
+if TYPE_CHECKING:
+    from .sampler import FastLangevin
+
+
+def describe_spec(spec: MLPSpec) -> str:
+    """ "16 -> 50 -> 50 -> 1, leaky_relu(0.2), head identity"."""
+    names = []
+    for name, parameter in zip(spec.activations, spec.activation_params, strict=True):
+        text = f"{name}({parameter:g})" if name in ("leaky_relu", "elu", "softplus") else name
+        if text not in names[-1:]:
+            names.append(text)
+    scale = "" if spec.out_scale == 1.0 else f"{spec.out_scale:g} * "
+    return f"{' -> '.join(map(str, spec.widths))}, {', '.join(names)}, head {scale}{spec.head}"
+
+
+def explain(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, context: object, y: object) -> str:
+    """Lines "label  text": energy, path, backend, and one line per backend that was passed over."""
+    source = sampler._source
+    mlp = source.mlp(flat, layout, context, y, 1.0)
+    name = source.name()
+    if mlp is None:
+        spec, op = None, "langevin_step"
+        lines = [
+            f"energy    {name}: not recognised as an MLP: {source.reason(flat, layout, context, y)}",
+            f"path      autograd of the energy, then langevin_step, {sampler.n_steps} times",
+        ]
+    else:
+        spec, op = mlp.spec, "mlp_langevin_chain"
+        lines = [
+            f"energy    {name}: {describe_spec(spec)}",
+            f"path      mlp_langevin_chain: all {sampler.n_steps} steps in one call",
+        ]
+    chosen, others = None, []
+    names = backends.candidates(sampler.backend, flat.device)
+    for candidate in (*names, *(name for name in backends.NAMES if name not in names)):
+        reason = backends.reason_against(candidate, op, device=flat.device, dtype=flat.dtype, spec=spec)
+        if candidate not in names and sampler.backend != "auto":
+            reason = f"backend={sampler.backend!r} was asked for"
+        elif candidate not in names and reason is None:
+            reason = f"not in line for tensors on {flat.device.type}"
+        elif reason is None and chosen is not None:
+            reason = f"{chosen} comes first"
+        if reason is None:
+            chosen = candidate
+        else:
+            others.append(f"          not {candidate}: {reason}")
+    if chosen is None:
+        lines.append("backend   none: such a call raises ValueError")
+    else:
+        lines.append(f"backend   {chosen} ({backends.load(chosen).regime(op, spec)})")
+    return "\n".join(lines + others)

@@ -1,0 +1,112 @@
+"""Latents as users hold them, and the one flat tensor [chains, dim] that every operation works on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import SUPPORTED_DTYPES, describe, dtype_name
+
+
+class LatentLayout(NamedTuple):
+    """How a caller's latents lie: hashable, and enough to rebuild them from the flat tensor.
+
+    container   Tensor, list or tuple
+    dims        width of each layer (one entry for a tensor)
+    trailing    per layer the dimensions after the second: () or (1, 1)
+    """
+
+    container: type
+    dims: tuple[int, ...]
+    trailing: tuple[tuple[int, ...], ...]
+
+    @property
+    def dim(self) -> int:
+        return sum(self.dims)
+
+    def restore(self, flat: Tensor) -> Tensor | list[Tensor] | tuple[Tensor, ...]:
+        """The flat tensor [chains, dim] in the caller's structure."""
+        if self.container is Tensor:
+            return flat if not self.trailing[0] else flat.view(*flat.shape, *self.trailing[0])
+        # contiguous pieces: callers call .view on them
+        layers = [
+            piece.contiguous() if not extra else piece.contiguous().view(*piece.shape, *extra)
+            for piece, extra in zip(flat.split(self.dims, dim=1), self.trailing, strict=True)
+        ]
+        return layers if self.container is list else tuple(layers)
+
+
+def _check_layer(name: str, z: object, first: Tensor) -> None:
+    if (
+        isinstance(z, Tensor)
+        and (z.dim() == 2 or (z.dim() == 4 and z.shape[2:] == (1, 1)))
+        and z.shape[0] == first.shape[0]
+        and z.dtype == first.dtype
+        and z.device == first.device
+    ):
+        return
+    raise ValueError(
+        f"{name} must be [{first.shape[0]}, dim] or [{first.shape[0]}, dim, 1, 1] {dtype_name(first.dtype)} on "
+        f"{first.device} like z[0], got {describe(z)}"
+    )
+
+
+def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, LatentLayout]:
+    """The flat contiguous tensor [chains, dim] behind `z` (a new tensor, or a view of `z`) and its layout."""
+    if isinstance(z, Tensor):
+        if z.dtype not in SUPPORTED_DTYPES or not (z.dim() == 2 or (z.dim() == 4 and z.shape[2:] == (1, 1))):
+            raise ValueError(
+                "z must be [chains, dim] or [chains, dim, 1, 1], float32 or float64, or a list of layers, "
+                f"got {describe(z)}"
+            )
+        layout = LatentLayout(Tensor, (z.shape[1],), (tuple(z.shape[2:]),))
+        flat = z.detach()
+        return (flat if flat.dim() == 2 else flat.flatten(1)).contiguous(), layout
+    if not isinstance(z, (list, tuple)) or not z:
+        raise ValueError(f"z must be a tensor [chains, dim] or a list of layers [chains, d_l], got {describe(z)}")
+    if not isinstance(z[0], Tensor) or z[0].dim() < 1 or z[0].dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"z[0] must be [chains, dim], float32 or float64, got {describe(z[0])}")
+    for i, layer in enumerate(z):
+        _check_layer(f"z[{i}]", layer, z[0])
+    layout = LatentLayout(
+        list if isinstance(z, list) else tuple,
+        tuple(layer.shape[1] for layer in z),
+        tuple(tuple(layer.shape[2:]) for layer in z),
+    )
+    return torch.cat([layer.detach().flatten(1) for layer in z], dim=1), layout
+
+
+def flatten_mask(mask: object, layout: LatentLayout, flat: Tensor) -> Tensor | None:
+    """A bool mask [dim] or [chains, dim], True where a coordinate is frozen, from any of the accepted forms.
+
+    Accepted: a list of one bool per layer, a list of one bool tensor ([d_l] or [chains, d_l]) per layer,
+    a bool tensor [dim] or [chains, dim].
+    """
+    if mask is None:
+        return None
+    chains, dim = flat.shape
+    if isinstance(mask, (list, tuple)):
+        if len(mask) != len(layout.dims):
+            raise ValueError(f"mask must have {len(layout.dims)} entries, one per layer of z, got {len(mask)}")
+        layers = []
+        for i, (entry, d) in enumerate(zip(mask, layout.dims, strict=True)):
+            if isinstance(entry, bool):
+                entry = torch.full((d,), entry, dtype=torch.bool, device=flat.device)
+            layers.append(_check_mask(f"mask[{i}]", entry, chains, d, flat.device))
+        if any(layer.dim() == 2 for layer in layers):
+            layers = [layer.expand(chains, -1) for layer in layers]
+        return torch.cat(layers, dim=-1).contiguous()
+    return _check_mask("mask", mask, chains, dim, flat.device).contiguous()
+
+
+def _check_mask(name: str, mask: object, chains: int, dim: int, device: torch.device) -> Tensor:
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.device == device:
+        squeezed = mask.flatten(1) if mask.dim() == 4 else mask
+        if tuple(squeezed.shape) in ((dim,), (chains, dim)):
+            return squeezed
+    raise ValueError(
+        f"{name} must be a bool tensor [{dim}] or [{chains}, {dim}] on {device}, or one bool per layer "
+        f"(True freezes), got {describe(mask)}"
+    )

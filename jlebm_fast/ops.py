@@ -1,0 +1,177 @@
+"""The four operations: arguments checked once, a backend chosen, called. Records in, plain tensors out.
+
+Every check that any backend needs is made here, so all backends see the same inputs and give the same messages.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .checks import SUPPORTED_DTYPES, check_like, describe, dtype_name
+from .problem import ACTIVATIONS, HEADS, MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
+from .rng import check_noise_key
+
+
+def langevin_noise(
+    noise_key: int,
+    n_steps: int,
+    chains: int,
+    dim: int,
+    *,
+    first_step: int = 0,
+    first_chain: int = 0,
+    stream: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """The noise field eps [n_steps, chains, dim] of a key."""
+    check_noise_key(noise_key)
+    for name, value in (("n_steps", n_steps), ("chains", chains), ("dim", dim)):
+        check_count(name, value)
+    for name, value in (("first_step", first_step), ("first_chain", first_chain), ("stream", stream)):
+        check_counter(name, value)
+    if dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"dtype must be float32 or float64, got {dtype}")
+    device = torch.device(device)
+    chosen = backends.choose("langevin_noise", backend, device=device, dtype=dtype)
+    return chosen.langevin_noise(
+        noise_key,
+        n_steps,
+        chains,
+        dim,
+        first_step=first_step,
+        first_chain=first_chain,
+        stream=stream,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def langevin_step(z: Tensor, grad: Tensor, update: Update, *, backend: str = "auto") -> Tensor:
+    """One update of z [chains, dim] with a given gradient [chains, dim]."""
+    check_z(z)
+    check_like("grad", grad, (tuple(z.shape),), z)
+    check_update(update, z, 1)
+    chosen = backends.choose("langevin_step", backend, device=z.device, dtype=z.dtype, update=update)
+    return chosen.langevin_step(z.contiguous(), grad.contiguous(), update)
+
+
+def mlp_energy_grad(z: Tensor, mlp: MLP, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """f [chains] and its gradient [chains, dim] of an MLP."""
+    check_z(z, mlp.spec.dim)
+    check_mlp(mlp, z)
+    chosen = backends.choose("mlp_energy_grad", backend, device=z.device, dtype=z.dtype, spec=mlp.spec)
+    return chosen.mlp_energy_grad(z.contiguous(), mlp)
+
+
+def mlp_langevin_chain(
+    z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record = Record(), *, backend: str = "auto"
+) -> ChainResult:
+    """n_steps updates of z [chains, dim] with the MLP's own gradient."""
+    check_z(z, mlp.spec.dim)
+    check_mlp(mlp, z)
+    check_count("n_steps", n_steps)
+    check_update(update, z, n_steps)
+    check_thin(record.thin)
+    chosen = backends.choose(
+        "mlp_langevin_chain", backend, device=z.device, dtype=z.dtype, spec=mlp.spec, update=update
+    )
+    return chosen.mlp_langevin_chain(z.contiguous(), mlp, update, n_steps, record)
+
+
+def check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+
+
+def check_counter(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32:
+        raise ValueError(f"{name} must be an integer in [0, 2**32), got {value!r}")
+
+
+def check_thin(thin: int) -> None:
+    if not isinstance(thin, int) or isinstance(thin, bool) or thin < 1:
+        raise ValueError(f"thin must be an integer >= 1, got {thin!r}")
+
+
+def check_z(z: Tensor, dim: int | None = None) -> None:
+    """z [chains, dim], float32 or float64."""
+    if (
+        not isinstance(z, Tensor)
+        or z.dim() != 2
+        or z.dtype not in SUPPORTED_DTYPES
+        or (dim is not None and z.shape[1] != dim)
+    ):
+        wanted = "dim" if dim is None else dim
+        raise ValueError(f"z must be [chains, {wanted}] float32 or float64, got {describe(z)}")
+
+
+def check_spec(spec: MLPSpec) -> None:
+    """A spec that every backend may rely on."""
+    n_hidden = len(spec.widths) - 2
+    if not 1 <= n_hidden <= MAX_HIDDEN_LAYERS:
+        raise ValueError(f"an energy MLP must have 1 to {MAX_HIDDEN_LAYERS} hidden layers, got {n_hidden}")
+    if any(not isinstance(width, int) or width < 1 for width in spec.widths):
+        raise ValueError(f"widths must be positive integers, got {spec.widths}")
+    if len(spec.activations) != n_hidden or len(spec.activation_params) != n_hidden:
+        raise ValueError(f"activations must name {n_hidden} layers, got {spec.activations}")
+    for name in spec.activations:
+        if name not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    if spec.head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {spec.head!r}")
+    if spec.n_logits != 1 and spec.head not in ("logsumexp", "logit"):
+        raise ValueError(
+            f"head {spec.head!r} takes one logit, got {spec.n_logits}; use 'logsumexp' or a chosen logit y"
+        )
+
+
+def check_mlp(mlp: MLP, z: Tensor) -> None:
+    """Parameters that fit the spec and z."""
+    spec = mlp.spec
+    if len(mlp.weights) != spec.n_hidden + 1 or len(mlp.biases) != spec.n_hidden + 1:
+        raise ValueError(f"the MLP must have {spec.n_hidden + 1} weights and biases, got {len(mlp.weights)}")
+    for layer, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases, strict=True)):
+        shape = (spec.widths[layer + 1], spec.widths[layer])
+        if weight.shape != shape or weight.dtype != z.dtype or weight.device != z.device:
+            raise ValueError(
+                f"weight {layer} of the energy must be {list(shape)} {dtype_name(z.dtype)} on {z.device} like z, "
+                f"got {describe(weight)}"
+            )
+        if bias is not None and (bias.shape != shape[:1] or bias.dtype != z.dtype or bias.device != z.device):
+            raise ValueError(
+                f"bias {layer} of the energy must be {list(shape[:1])} {dtype_name(z.dtype)} on {z.device} like z, "
+                f"got {describe(bias)}"
+            )
+    if mlp.context_bias is not None:
+        check_like("context_bias", mlp.context_bias, ((z.shape[0], spec.widths[1]),), z)
+    if (mlp.logit is not None) != (spec.head == "logit"):
+        raise ValueError("a chosen logit goes with head 'logit', and only with it")
+
+
+def check_update(update: Update, z: Tensor, n_steps: int) -> None:
+    """Coefficients, prior, mask, noise and counters that fit z."""
+    chains, dim = z.shape
+    check_like("step_coefficients", update.step_coefficients, ((n_steps, 3),), z)
+    if update.chain_coefficients is not None:
+        check_like("chain_coefficients", update.chain_coefficients, ((chains, 3),), z)
+    if update.prior_mean is not None:
+        check_like("prior_mean", update.prior_mean, ((dim,), (chains, dim)), z)
+    if update.prior_precision is not None:
+        check_like("prior_precision", update.prior_precision, ((dim,), (chains, dim)), z)
+    if update.frozen is not None and (
+        update.frozen.dtype != torch.bool
+        or tuple(update.frozen.shape) not in ((dim,), (chains, dim))
+        or update.frozen.device != z.device
+    ):
+        raise ValueError(f"mask must be bool [{dim}] or [{chains}, {dim}] on {z.device}, got {describe(update.frozen)}")
+    if update.noise is not None:
+        check_like("noise", update.noise, ((n_steps, chains, dim),), z)
+    if update.extra_grad is not None:
+        check_like("extra_grad", update.extra_grad, ((chains, dim),), z)
+    check_noise_key(update.noise_key)
+    check_counter("first_step", update.first_step)
+    check_counter("first_chain", update.first_chain)

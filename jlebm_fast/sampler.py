@@ -1,0 +1,261 @@
+"""FastLangevin: a frozen configuration, and sample(), the short-run Langevin chain of the papers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, dynamics, ops, stepwise
+from .checks import check_like, describe
+from .dynamics import GaussianPrior
+from .explanation import explain
+from .latents import LatentLayout, flatten_latents, flatten_mask
+from .problem import ChainResult, Record, Update
+from .recognition import EnergySource
+from .rng import check_noise_key, draw_noise_key
+
+PRECISIONS = (None, "fp32", "tf32", "bf16")
+Latents = Tensor | list[Tensor] | tuple[Tensor, ...]
+
+
+class LangevinInfo(NamedTuple):
+    """What a chain tells about itself; kept are the steps k with (k + 1) % thin == 0, n_kept = n_steps // thin.
+
+    energy           [n_kept, chains] what the energy returned where step k's gradient was taken, before its update
+    grad_norm        [n_kept, chains] norm of the gradient there, log-likelihood included, prior excluded
+    displacement     [n_kept, chains] length of step k's move
+    first_bad_step   [chains] int64: first step of this call that left z non-finite, counted from 0; -1 if none did
+    trajectory       [n_kept, chains, dim] z after step k; None unless asked for
+    The first four are None when only the trajectory was asked for.
+    """
+
+    energy: Tensor | None
+    grad_norm: Tensor | None
+    displacement: Tensor | None
+    first_bad_step: Tensor | None
+    trajectory: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FastLangevin:
+    """Short-run Langevin dynamics on p(z) ∝ exp(f(z)) N(z; mean, std²), the whole chain in one native call.
+
+        z ← z + s²/2 (∇f(z) + (mean − z)/std²) + s · noise_scale · eps,      eps ~ N(0, I),  n_steps times
+
+    Args:
+        energy: EnergyMLP, or a module or callable from latents to [chains], [chains, 1] or [chains, 1, 1, 1]. Modules
+            whose forward is an MLP are recognised and run in the fused kernels, everything else runs through
+            autograd and the fused step; `explain` says which. Parameters are read at every call. A plain function
+            (`lambda z: net(z)`) is never recognised: net's own forward then runs at every step, with all it does to
+            its buffers, as in the published loops.
+        n_steps: steps of a chain
+        step_size: s; float, sequence of n_steps, or tensor [chains]
+        noise_scale: factor on the noise alone; 1 Langevin, 0 gradient ascent; float, sequence of n_steps or [chains]
+        prior: GaussianPrior, or None for no prior term
+        maximize: True, the energy is f and p ∝ exp(f) p0 (Cui et al.); False, E and p ∝ exp(−E) p0 (the LEBM code)
+        backend: "auto", "cuda", "triton", "cpu" or "eager"
+        precision: None (follow torch.get_float32_matmul_precision()), "fp32", "tf32" or "bf16"; it concerns CUDA
+            devices, on the CPU chains are always fp32
+
+    Raises:
+        ValueError: an argument outside these ranges, here or at the call.
+
+    Example:
+        >>> from jlebm_fast import EnergyMLP
+        >>> f = EnergyMLP(latent_dims=(2, 2, 2, 10), hidden=50, depth=4)
+        >>> prior = FastLangevin(f, n_steps=60, step_size=0.4)
+        >>> z = prior([torch.randn(100, d) for d in (2, 2, 2, 10)])
+        >>> [tuple(layer.shape) for layer in z]
+        [(100, 2), (100, 2), (100, 2), (100, 10)]
+
+    Source: Cui, Wu, Han, ICCV 2023, eq. 8; Pang et al., NeurIPS 2020, eq. 7; Nijkamp et al., NeurIPS 2019 (short-run).
+    """
+
+    energy: nn.Module | Callable[..., Tensor]
+    n_steps: int = dataclasses.field(default=60, kw_only=True)
+    step_size: float | Sequence[float] | Tensor = dataclasses.field(default=0.4, kw_only=True)
+    noise_scale: float | Sequence[float] | Tensor = dataclasses.field(default=1.0, kw_only=True)
+    prior: GaussianPrior | None = dataclasses.field(default=GaussianPrior(), kw_only=True)
+    maximize: bool = dataclasses.field(default=True, kw_only=True)
+    backend: str = dataclasses.field(default="auto", kw_only=True)
+    precision: str | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not callable(self.energy):
+            raise ValueError(f"energy must be a module or a callable, got {describe(self.energy)}")
+        ops.check_count("n_steps", self.n_steps)
+        for name in ("step_size", "noise_scale"):
+            object.__setattr__(self, name, dynamics.check_schedule(name, getattr(self, name), self.n_steps))
+        if self.prior is not None and not isinstance(self.prior, GaussianPrior):
+            raise ValueError(f"prior must be a GaussianPrior or None, got {describe(self.prior)}")
+        if not isinstance(self.maximize, bool):
+            raise ValueError(f"maximize must be True or False, got {self.maximize!r}")
+        backends.check_name(self.backend)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        object.__setattr__(self, "_source", EnergySource(self.energy))
+        rows = dynamics.step_coefficients(self.step_size, self.noise_scale, self.n_steps)
+        object.__setattr__(self, "_step_rows", torch.tensor(rows, dtype=torch.float64).view(self.n_steps, 3))
+        object.__setattr__(self, "_constants", {})
+
+    def __call__(self, z: Latents, **options: Any) -> Latents | tuple[Latents, LangevinInfo]:
+        """`sample(z, …)`."""
+        return self.sample(z, **options)
+
+    def sample(
+        self,
+        z: Latents,
+        *,
+        generator: torch.Generator | None = None,
+        log_likelihood: Callable[[Latents], Tensor] | None = None,
+        noise: Tensor | Sequence[Tensor] | None = None,
+        mask: Tensor | Sequence[Tensor | bool] | None = None,
+        return_info: bool = False,
+        return_trajectory: bool = False,
+        thin: int = 1,
+        noise_key: int | None = None,
+        first_step: int = 0,
+        first_chain: int = 0,
+        context: Tensor | None = None,
+        y: Tensor | int | None = None,
+    ) -> Latents | tuple[Latents, LangevinInfo]:
+        """Run the chain from z and return where it ends: same structure, device and dtype, detached, z untouched.
+
+        Args:
+            z: [chains, dim], [chains, dim, 1, 1], or a list or tuple of layers [chains, d_l]; float32 or float64
+            generator: source of the noise key; default torch's global CPU generator
+            log_likelihood: z (in its structure) → [chains] or a scalar sum; its gradient joins ∇f: a posterior chain
+            noise: eps [n_steps, chains, dim], or one [n_steps, chains, d_l] per layer, instead of the noise contract's
+            mask: True freezes: one bool per layer, one bool tensor per layer, [dim] or [chains, dim]
+            return_info: also return a LangevinInfo with diagnostics
+            return_trajectory: also return a LangevinInfo with the trajectory
+            thin: keep every thin-th step
+            noise_key: 64 bits that name the noise field; default: drawn from the generator
+            first_step: index of this call's first step in the noise field (a chain continued)
+            first_chain: index of this call's first chain in the noise field (one part of many chains)
+            context: condition c of a conditional energy, [chains, context_dim]; passed to other callables as context=
+            y: chosen logit, int or int64 [chains]; passed to other callables as y=
+
+        Returns:
+            z, or (z, LangevinInfo) with return_info or return_trajectory.
+
+        Raises:
+            ValueError: an argument does not fit: what was expected and what came.
+
+        Example:
+            >>> from jlebm_fast import EnergyMLP
+            >>> prior = FastLangevin(EnergyMLP(16, 50, 4), n_steps=60)
+            >>> z, info = prior.sample(torch.randn(100, 16), return_info=True)
+            >>> info.energy.shape
+            torch.Size([60, 100])
+        """
+        # gradients of other people's energies are taken inside, also under inference_mode
+        with torch.inference_mode(False), torch.no_grad():
+            flat, layout = flatten_latents(z)
+            if flat.is_inference():
+                flat = flat.clone()
+            update = self._update(flat, layout, generator, noise, mask, noise_key, first_step, first_chain)
+            ops.check_thin(thin)
+            record = Record(return_info, return_trajectory, thin)
+            result = self._run(flat, layout, update, record, log_likelihood, context, y)
+            sampled = result.z if result.z is not flat else flat.clone()
+            end = layout.restore(sampled)
+            if not (return_info or return_trajectory):
+                return end
+            energy = result.energy if self.maximize or result.energy is None else -result.energy
+            return end, LangevinInfo(
+                energy, result.grad_norm, result.displacement, result.first_bad_step, result.trajectory
+            )
+
+    def explain(self, z: Latents, *, context: Tensor | None = None, y: Tensor | int | None = None) -> str:
+        """What a call with such a z would do: recognised or not and why, the backend, and why not the others.
+
+        Example:
+            >>> from jlebm_fast import EnergyMLP
+            >>> print(FastLangevin(EnergyMLP(16, 50, 4), backend="eager").explain(torch.randn(1, 16)))
+            energy    EnergyMLP: 16 -> 50 -> 50 -> 50 -> 50 -> 1, leaky_relu(0.2), head identity
+            path      mlp_langevin_chain: all 60 steps in one call
+            backend   eager (plain torch, one operation after the other)
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            flat, layout = flatten_latents(z)
+            return explain(self, flat, layout, context, y)
+
+    def _run(
+        self,
+        flat: Tensor,
+        layout: LatentLayout,
+        update: Update,
+        record: Record,
+        log_likelihood: Callable[[Latents], Tensor] | None,
+        context: Tensor | None,
+        y: Tensor | int | None,
+    ) -> ChainResult:
+        """The chain on the flat tensor, where maximize has become a sign: f = sign · energy."""
+        sign = 1.0 if self.maximize else -1.0
+        likelihood = None if log_likelihood is None else stepwise.Likelihood(log_likelihood, layout)
+        mlp = self._source.mlp(flat, layout, context, y, sign)
+        if mlp is None:
+            energy = stepwise.AnyEnergy(self._source.callable(), layout, context, y, sign)
+            return stepwise.any_energy_chain(flat, energy, likelihood, update, self.n_steps, record, self.backend)
+        if likelihood is None:
+            return ops.mlp_langevin_chain(flat, mlp, update, self.n_steps, record, backend=self.backend)
+        return stepwise.posterior_chain(flat, mlp, likelihood, update, self.n_steps, record, self.backend)
+
+    def _update(
+        self,
+        flat: Tensor,
+        layout: LatentLayout,
+        generator: torch.Generator | None,
+        noise: Tensor | Sequence[Tensor] | None,
+        mask: object,
+        noise_key: int | None,
+        first_step: int,
+        first_chain: int,
+    ) -> Update:
+        if noise is not None:
+            if noise_key is not None or generator is not None:
+                raise ValueError("noise replaces the noise field: give either noise, or a generator or noise_key")
+            noise, noise_key = self._flat_noise(noise, flat, layout), 0
+        elif noise_key is not None and generator is not None:
+            raise ValueError("give either a generator or a noise_key, not both")
+        coefficients, mean, precision = self._constant_terms(flat)
+        return Update(
+            coefficients,
+            dynamics.chain_coefficients(self.step_size, self.noise_scale, flat),
+            mean,
+            precision,
+            flatten_mask(mask, layout, flat),
+            noise,
+            draw_noise_key(generator) if noise_key is None else check_noise_key(noise_key),
+            first_step,
+            first_chain,
+        )
+
+    def _constant_terms(self, flat: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(step coefficients, prior mean, prior precision): the same at every call unless the prior holds tensors."""
+        key = (flat.shape[1], flat.dtype, flat.device)
+        terms = self._constants.get(key)
+        if terms is None:
+            mean, precision = (None, None) if self.prior is None else self.prior.terms(flat)
+            terms = (self._step_rows.to(flat.device, flat.dtype), mean, precision)
+            fixed = self.prior is None or not (
+                isinstance(self.prior.mean, Tensor) or isinstance(self.prior.std, Tensor)
+            )
+            if fixed:
+                self._constants[key] = terms
+        return terms
+
+    def _flat_noise(self, noise: Tensor | Sequence[Tensor], flat: Tensor, layout: LatentLayout) -> Tensor:
+        chains, dim = flat.shape
+        if isinstance(noise, (list, tuple)):
+            if len(noise) != len(layout.dims):
+                raise ValueError(f"noise must have {len(layout.dims)} entries, one per layer of z, got {len(noise)}")
+            for i, (layer, d) in enumerate(zip(noise, layout.dims, strict=True)):
+                check_like(f"noise[{i}]", layer, ((self.n_steps, chains, d),), flat)
+            noise = torch.cat(list(noise), dim=2)
+        return check_like("noise", noise, ((self.n_steps, chains, dim),), flat).detach().contiguous()

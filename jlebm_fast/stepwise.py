@@ -1,0 +1,170 @@
+"""Chains whose gradient needs autograd: any energy, and posterior chains with a log-likelihood.
+
+    any energy    per step: one forward and backward of the user's energy, then the fused `langevin_step`
+    posterior     per step: the gradient of the log-likelihood, then `mlp_langevin_chain` with n_steps = 1
+
+Both keep the meaning of `ChainResult` exactly, step for step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .checks import describe
+from .latents import LatentLayout
+from .problem import MLP, ChainResult, Record, Update
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device):
+    """Gradients on, autocast off: the chain is float32 whatever surrounds it."""
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _gradient(name: str, value: Tensor, z: Tensor) -> Tensor:
+    """Gradient of the sum of `value` in z [chains, dim]; parameters and their .grad are left alone."""
+    if not value.requires_grad:
+        raise ValueError(
+            f"{name} returned a tensor without a gradient in z; build it from z with differentiable operations "
+            "(zero is z.sum(dim=1) * 0) and outside torch.no_grad()"
+        )
+    (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+    if grad is None:
+        raise ValueError(f"the output of {name} does not depend on z")
+    return grad.contiguous()
+
+
+class AnyEnergy(NamedTuple):
+    """A user's energy as (value [chains], gradient [chains, dim]) of sign · energy on flat latents."""
+
+    energy: nn.Module | Callable[..., Tensor]
+    layout: LatentLayout
+    context: Tensor | None
+    y: Tensor | int | None
+    sign: float
+
+    def __call__(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        with _full_precision(flat.device):
+            z = flat.detach().requires_grad_()
+            options = {name: v for name, v in (("context", self.context), ("y", self.y)) if v is not None}
+            value = self.energy(self.layout.restore(z), **options)
+            chains = flat.shape[0]
+            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != chains or value.numel() != chains:
+                raise ValueError(
+                    f"energy must return one value per chain, [{chains}], [{chains}, 1] or [{chains}, 1, 1, 1], got "
+                    f"{describe(value)}; several logits need a head such as logsumexp(dim=1)"
+                )
+            grad = _gradient("energy", value, z)
+        value = value.detach().reshape(chains).to(flat.dtype)
+        return (value, grad) if self.sign == 1.0 else (self.sign * value, self.sign * grad)
+
+
+class Likelihood(NamedTuple):
+    """Gradient [chains, dim] of a user's log-likelihood on flat latents."""
+
+    log_likelihood: Callable[..., Tensor]
+    layout: LatentLayout
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        with _full_precision(flat.device):
+            z = flat.detach().requires_grad_()
+            value = self.log_likelihood(self.layout.restore(z))
+            chains = flat.shape[0]
+            if not isinstance(value, Tensor) or tuple(value.shape) not in (
+                (),
+                (chains,),
+                (chains, 1),
+                (chains, 1, 1, 1),
+            ):
+                raise ValueError(f"log_likelihood must return [{chains}] or a scalar sum, got {describe(value)}")
+            return _gradient("log_likelihood", value, z).to(flat.dtype)
+
+
+class _Recorder:
+    """Collects ChainResult's fields over a Python loop."""
+
+    def __init__(self, z: Tensor, n_steps: int, record: Record) -> None:
+        chains, dim = z.shape
+        n_kept = n_steps // record.thin
+        self.record = record
+        self.energy = self.grad_norm = self.displacement = self.first_bad_step = self.trajectory = None
+        if record.diagnostics:
+            self.energy, self.grad_norm, self.displacement = (z.new_empty(n_kept, chains) for _ in range(3))
+            self.first_bad_step = torch.full((chains,), -1, dtype=torch.int64, device=z.device)
+        if record.trajectory:
+            self.trajectory = z.new_empty(n_kept, chains, dim)
+
+    def keeps(self, step: int) -> bool:
+        return (step + 1) % self.record.thin == 0
+
+    def note_bad(self, step: int, bad: Tensor) -> None:
+        self.first_bad_step.masked_fill_(bad & (self.first_bad_step < 0), step)
+
+    def keep(self, step: int, z_new: Tensor, energy: Tensor, grad_norm: Tensor, displacement: Tensor) -> None:
+        kept = (step + 1) // self.record.thin - 1
+        self.energy[kept], self.grad_norm[kept], self.displacement[kept] = energy, grad_norm, displacement
+
+    def result(self, z: Tensor) -> ChainResult:
+        return ChainResult(z, self.energy, self.grad_norm, self.displacement, self.first_bad_step, self.trajectory)
+
+
+def _one_step(update: Update, step: int, extra_grad: Tensor | None = None) -> Update:
+    return update._replace(
+        step_coefficients=update.step_coefficients[step : step + 1],
+        noise=None if update.noise is None else update.noise[step : step + 1],
+        first_step=update.first_step + step,
+        extra_grad=extra_grad,
+    )
+
+
+def any_energy_chain(
+    z: Tensor,
+    energy: AnyEnergy,
+    likelihood: Likelihood | None,
+    update: Update,
+    n_steps: int,
+    record: Record,
+    backend: str,
+) -> ChainResult:
+    """n_steps of gradient by autograd and fused step, for an energy that is no recognised MLP."""
+    recorder = _Recorder(z, n_steps, record)
+    ops.check_update(update, z, n_steps)
+    for step in range(n_steps if z.shape[0] else 0):
+        value, grad = energy(z)
+        extra_grad = None if likelihood is None else likelihood(z)
+        z_new = ops.langevin_step(z, grad, _one_step(update, step, extra_grad), backend=backend)
+        if record.diagnostics:
+            recorder.note_bad(step, ~torch.isfinite(z_new).all(dim=1))
+            if recorder.keeps(step):
+                total = grad if extra_grad is None else grad + extra_grad
+                recorder.keep(step, z_new, value, total.norm(dim=1), (z_new - z).norm(dim=1))
+        if record.trajectory and recorder.keeps(step):
+            recorder.trajectory[(step + 1) // record.thin - 1] = z_new
+        z = z_new
+    return recorder.result(z)
+
+
+def posterior_chain(
+    z: Tensor, mlp: MLP, likelihood: Likelihood, update: Update, n_steps: int, record: Record, backend: str
+) -> ChainResult:
+    """n_steps with the MLP's fused gradient and a log-likelihood's gradient from autograd."""
+    recorder = _Recorder(z, n_steps, record)
+    ops.check_update(update, z, n_steps)
+    for step in range(n_steps if z.shape[0] else 0):
+        keep = Record(diagnostics=record.diagnostics)
+        one = ops.mlp_langevin_chain(z, mlp, _one_step(update, step, likelihood(z)), 1, keep, backend=backend)
+        if record.diagnostics:
+            recorder.note_bad(step, one.first_bad_step >= 0)
+            if recorder.keeps(step):
+                recorder.keep(step, one.z, one.energy[0], one.grad_norm[0], one.displacement[0])
+        if record.trajectory and recorder.keeps(step):
+            recorder.trajectory[(step + 1) // record.thin - 1] = one.z
+        z = one.z
+    return recorder.result(z)
