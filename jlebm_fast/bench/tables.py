@@ -1,0 +1,161 @@
+"""The records of a benchmark as text: plain tables that can be pasted into a document."""
+
+from __future__ import annotations
+
+from jlebm_fast.bench.cases import CASES
+from jlebm_fast.bench.sections import MANY
+
+_ORDER = ("eager", "eager, spectral norm", "compiled", "jax")
+_LABELS = {
+    "eager": "eager loop",
+    "eager, spectral norm": "eager loop, spectral norm",
+    "compiled": "torch.compile",
+    "jax": "jax.jit scan",
+}
+
+
+def heading(about: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    computer = f"{about['cpu']}, {about['cores']} cores, {about['system']}"
+    return f"{computer}\n{versions}; commit {about['commit']}; {about['date']}"
+
+
+def table(title: str, columns: list[str], rows: list[tuple[str, list[str]]]) -> str:
+    """A left-aligned first column, right-aligned others; empty if there are no rows."""
+    if not rows:
+        return ""
+    head = max(len(title), *(len(name) for name, _ in rows))
+    widths = [max(len(column), *(len(cells[i]) for _, cells in rows)) for i, column in enumerate(columns)]
+    lines = [title.ljust(head) + "".join(f"   {c:>{w}}" for c, w in zip(columns, widths))]
+    lines += [name.ljust(head) + "".join(f"   {c:>{w}}" for c, w in zip(cells, widths)) for name, cells in rows]
+    return "\n".join(lines) + "\n"
+
+
+def report(results: list[dict]) -> str:
+    """Everything measured, the last result being the one with all threads."""
+    blocks = [_ratios(results[-1])]
+    for result in reversed(results):
+        blocks += _chains(result)
+    blocks += [_diagnostics(results[-1]), _ops(results[-1]), _machine(results)]
+    failures = [
+        f"FAILED {check['op']} on {check['backend']}: {check['error']:.1e}" for r in results for check in r["failed"]
+    ]
+    return "\n" + "\n".join(block for block in blocks if block) + "\n".join(failures)
+
+
+def _of(result: dict, section: str, op: str | None = None) -> list[dict]:
+    return [r for r in result["records"] if r["section"] == section and op in (None, r["op"])]
+
+
+def _median(record: dict) -> float:
+    return record["timing"]["median_s"]
+
+
+def _contenders(records: list[dict]) -> list[str]:
+    """Our backends first, then the rivals in their order."""
+    names = list(dict.fromkeys(r["contender"] for r in records))
+    return [n for n in names if n not in _ORDER] + [n for n in _ORDER if n in names]
+
+
+def _cell(records: list[dict], case: str, contender: str) -> dict | None:
+    return next((r for r in records if r["case"] == case and r["contender"] == contender), None)
+
+
+def _threads(result: dict) -> str:
+    return f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+
+
+def _ratios(result: dict) -> str:
+    """How many times faster, and which fraction of the processor's multiply-add peak."""
+    records = _of(result, "chain")
+    cases = [name for name in CASES if any(r["case"] == name for r in records)]
+    rows = []
+    for ours in (n for n in _contenders(records) if n not in _ORDER):
+        spectral = ours.endswith("spectral norm")
+        for rival in (n for n in _ORDER if n.endswith("spectral norm") == spectral):
+            for many in (False, True):
+                chosen = [r for r in records if (r["chains"] == MANY) == many]
+                cells = [_faster(_cell(chosen, case, ours), _cell(chosen, case, rival)) for case in cases]
+                size = f"{MANY:,} chains" if many else "one batch"
+                if any(cells):
+                    rows.append((f"{size}: {ours}, times faster than {_LABELS[rival]}", cells))
+        chosen = [r for r in records if r["chains"] == MANY]
+        cells = [_fraction(_cell(chosen, case, ours)) for case in cases]
+        if any(cells):
+            rows.append((f"{MANY:,} chains: {ours}, fraction of the FMA peak", cells))
+    columns = [f"{name} ({CASES[name].batch})" for name in cases]
+    return table(f"Ratios, {_threads(result)} (in brackets: chains of one batch)", columns, rows)
+
+
+def _faster(ours: dict | None, rival: dict | None) -> str:
+    return f"{_median(rival) / _median(ours):.1f}" if ours and rival else ""
+
+
+def _fraction(record: dict | None) -> str:
+    return f"{record['gflops'] / record['fma_peak']:.2f}" if record and record["fma_peak"] else ""
+
+
+def _chains(result: dict) -> list[str]:
+    """Milliseconds of whole runs, for one batch and for many chains."""
+    blocks = []
+    for many in (False, True):
+        records = [r for r in _of(result, "chain") if (r["chains"] == MANY) == many]
+        cases = list(dict.fromkeys(r["case"] for r in records))
+        rows = []
+        for contender in _contenders(records):
+            cells = [_cell(records, case, contender) for case in cases]
+            rows.append((_LABELS.get(contender, contender), [f"{1e3 * _median(r):.2f}" if r else "" for r in cells]))
+            if many and contender not in _ORDER:
+                rows.append(("  fraction of the FMA peak", [_fraction(r) for r in cells]))
+        columns = [f"{case} ({r['chains']:,} x {r['n_steps']})" for case, r in _first_of_each(records)]
+        blocks.append(table(f"ms per run (chains x steps), {_threads(result)}", columns, rows))
+    return blocks
+
+
+def _first_of_each(records: list[dict]) -> list[tuple[str, dict]]:
+    first: dict[str, dict] = {}
+    for record in records:
+        first.setdefault(record["case"], record)
+    return list(first.items())
+
+
+def _diagnostics(result: dict) -> str:
+    """What energy, gradient norm and displacement of every step add to a run."""
+    records = _of(result, "diagnostics")
+    rows = []
+    for with_them in (r for r in records if r["contender"].endswith(" with diagnostics")):
+        backend = with_them["contender"].removesuffix(" with diagnostics")
+        without = next(r for r in records if r["contender"] == backend and _same_size(r, with_them))
+        cost = _median(with_them) / _median(without) - 1
+        rows.append((f"{backend}, {with_them['case']}, {with_them['chains']:,} chains", [f"{100 * cost:+.1f} %"]))
+    return table("Diagnostics of every step", ["cost"], rows)
+
+
+def _same_size(a: dict, b: dict) -> bool:
+    return (a["case"], a["chains"]) == (b["case"], b["chains"])
+
+
+def _ops(result: dict) -> str:
+    """The smaller operations beside plain torch."""
+    rows = []
+    records = _of(result, "op")
+    for record in records:
+        torchs = next(
+            (r for r in records if r["contender"] == "eager" and r["op"] == record["op"] and _same_size(r, record)),
+            None,
+        )
+        cells = [
+            f"{1e3 * _median(record):.3f}",
+            f"{_median(torchs) / _median(record):.1f}" if torchs else "",
+            _fraction(record),
+        ]
+        contender = "plain torch" if record["contender"] == "eager" else record["contender"]
+        rows.append((f"{record['op']}, {record['case']}, {record['chains']:,} chains: {contender}", cells))
+    return table(
+        f"One call of an operation, {_threads(result)}", ["ms", "times faster than torch", "of FMA peak"], rows
+    )
+
+
+def _machine(results: list[dict]) -> str:
+    rows = [(_threads(r), [f"{r['fma_peak_gflops']:.0f} GFLOP/s", f"{r['copy_gb_per_s']:.0f} GB/s"]) for r in results]
+    return table("This machine, measured", ["FMA peak", "memory copy"], rows)

@@ -1,0 +1,60 @@
+"""Times of several contenders in one go: in turns, so that a slow minute of the machine meets all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+_BURST_SECONDS = 0.03  # a turn lasts about this long, so that short calls are not timed cold
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Wall-clock times of single calls, in seconds."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def summary(self) -> dict[str, float]:
+        ordered = sorted(self.seconds)
+        return {
+            "median_s": self.median,
+            "min_s": ordered[0],
+            "lower_quartile_s": ordered[len(ordered) // 4],
+            "upper_quartile_s": ordered[(3 * len(ordered)) // 4],
+            "calls": len(ordered),
+        }
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int = 7) -> dict[str, Timing]:
+    """Calls every contender `rounds` times in turn, each turn a burst of one or more timed calls.
+
+    Every turn of a contender that is quick begins with one untimed call: threads of the one before have gone to sleep
+    by then and caches hold this one's weights.
+    """
+    first = {name: _second_call(run) for name, run in contenders.items()}
+    calls = {name: max(1, math.ceil(_BURST_SECONDS / seconds)) for name, seconds in first.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            if first[name] < 1.0:
+                run()
+            seconds[name] += [timed(run) for _ in range(calls[name])]
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _second_call(run: Callable[[], object]) -> float:
+    run()  # compiles, allocates
+    return max(timed(run), 1e-6)
