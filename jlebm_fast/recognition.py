@@ -1,51 +1,337 @@
+"""Other people's energies: recognised as an MLP where they are one, tested before trusted, watched afterwards.
+
+    trace      a float64 copy of the module runs once and `tracing.py` conjectures its structure
+    test       value and gradient of that structure against the copy's own, on random inputs of two batch sizes
+    keep       the structure, per module and weakly; never a parameter: those are read at every call
+    watch      modules, modes (train/eval), hooks and plain attributes that differ from the trace's start it anew
+
+Spectral norm at call time follows `spectral.py`. A module that is not recognised runs its own forward under autograd,
+on clones of its buffers, so that sampling leaves a power iteration or running mean as it was.
+"""
+
 from __future__ import annotations
 
+import copy
 import dataclasses
-from typing import NamedTuple
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from .backends import eager
+from .checks import SUPPORTED_DTYPES, describe, dtype_name
 from .energy import EnergyMLP
 from .latents import LatentLayout
+from .ops import check_spec
 from .problem import MLP
+from .spectral import top_singular_vectors
+from .tracing import Label, LinearSite, Structure, Tracer, Untraceable, structure_of
+
+# what a forward in float64 on a foreign batch may legitimately raise; anything else is the user's to see
+_FORWARD_ERRORS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    NotImplementedError,
+    ArithmeticError,
+)
+_TEST_CHAINS = (3, 7)
+_TEST_TOLERANCE = 1e-9
+_PLAIN = (bool, int, float, str, type(None))
+_ABSENT = object()
 
 
 class Unrecognised(NamedTuple):
+    """Why a module does not run in the fused kernels."""
+
     reason: str
 
 
-def recognise(net, layout):
-    return Unrecognised("recognition of other modules is not there yet")
+class Guards:
+    """A snapshot of everything about a module, except tensors, that its structure may depend on."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._classes, self._scalars, self._identities, self._lengths = [], [], [], []
+        for module in net.modules():
+            entries = module.__dict__
+            self._classes.append((weakref.ref(module), type(module)))
+            self._scalars += [(entries, name, v) for name, v in entries.items() if type(v) in _PLAIN]
+            self._identities += [(module._modules, name, id(child)) for name, child in module._modules.items()]
+            hooks = (module._modules, module._parameters, module._forward_hooks, module._forward_pre_hooks)
+            self._lengths += [(collection, len(collection)) for collection in (entries, *hooks)]
+
+    def hold(self) -> bool:
+        """Whether all of it is still so: a few microseconds."""
+        for entries, name, value in self._scalars:
+            if entries.get(name, _ABSENT) != value:
+                return False
+        for children, name, identity in self._identities:
+            if id(children.get(name)) != identity:
+                return False
+        for collection, length in self._lengths:
+            if len(collection) != length:
+                return False
+        return all(type(ref()) is cls for ref, cls in self._classes)
+
+
+class _Layer:
+    """A linear layer of the user's module, found again at every call; keeps where power iterations ended, no weight."""
+
+    def __init__(self, net: nn.Module, site: LinearSite) -> None:
+        self.kind = site.kind
+        self.owner = weakref.ref(net.get_submodule(site.path))
+        self.bias_owner = weakref.ref(net.get_submodule(site.bias_path))
+        self.weight_name, self.bias_name = site.weight, site.bias
+        self.direction: Tensor | None = None
+
+    def parameters(self) -> tuple[Tensor, Tensor | None]:
+        """The effective weight [out, in] and the bias of this moment."""
+        bias = None if self.bias_name is None else self.bias_owner()._parameters[self.bias_name].detach()
+        return effective_weight(self).detach(), bias
+
+
+def effective_weight(layer: _Layer) -> Tensor:
+    """W, or what its normalisation makes of it, [out, in]; never touches the module's buffers."""
+    module = layer.owner()
+    if layer.kind == "parameter":
+        weight = module._parameters[layer.weight_name]
+    elif layer.kind == "parametrized":
+        weight = module.weight
+    elif layer.kind == "weight_norm":
+        (hook,) = (h for h in module._forward_pre_hooks.values() if getattr(h, "name", None) == "weight")
+        weight = hook.compute_weight(module)
+    else:
+        if hasattr(module, "parametrizations"):
+            original, u = module.parametrizations.weight.original, module.parametrizations.weight[0]._u
+        else:
+            original, u = module.weight_orig, module.weight_u
+        weight = original.detach().flatten(1)
+        start = layer.direction
+        if start is None or start.shape != u.shape or start.dtype != u.dtype or start.device != u.device:
+            start = u
+        u, v = top_singular_vectors(weight, start)
+        layer.direction = u
+        weight = weight / torch.dot(u, torch.mv(weight, v))
+    return weight if weight.dim() == 2 else weight.flatten(1)
+
+
+class Recognised:
+    """A module known to be an MLP: its structure, and how to read its parameters."""
+
+    def __init__(self, net: nn.Module, structure: Structure) -> None:
+        self.spec = structure.spec
+        self._negated = dataclasses.replace(structure.spec, out_scale=-structure.spec.out_scale)
+        self.columns = structure.columns
+        self.layers = [_Layer(net, site) for site in structure.sites]
+
+    def mlp(self, sign: float = 1.0) -> MLP:
+        """The energy times sign, with the parameters of this moment."""
+        weights, biases = zip(*[layer.parameters() for layer in self.layers], strict=True)
+        if self.columns is not None:
+            weights = (spread_columns(weights[0], self.columns, self.spec.dim), *weights[1:])
+        spec = self.spec if sign == 1.0 else self._negated
+        return MLP(spec, tuple(w.contiguous() for w in weights), biases)
+
+
+def spread_columns(weight: Tensor, columns: tuple[int, ...], dim: int) -> Tensor:
+    """The weight [out, dim] on all of z that does what `weight` [out, inputs] does on z[:, columns]."""
+    index = torch.tensor(columns, device=weight.device)
+    return weight.new_zeros(weight.shape[0], dim).index_add_(1, index, weight.detach())
+
+
+def _float64_copy(net: nn.Module) -> nn.Module:
+    # attributes computed by a forward (the weight of an old-style norm) are no leaves and refuse to be copied
+    memo = {
+        id(value): value.detach().clone()
+        for module in net.modules()
+        for value in module.__dict__.values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(net, memo).to(torch.float64)
+
+
+def _trace(net: nn.Module, layout: LatentLayout, chains: int, scale: float, device: torch.device) -> Structure:
+    """One traced run of a float64 copy, its structure tested on the values of the run."""
+    generator = torch.Generator().manual_seed(chains)
+    flat = scale * torch.randn(chains, layout.dim, generator=generator, dtype=torch.float64)
+    flat = flat.to(device).requires_grad_()
+    z = layout.restore(flat)
+    entries = layout.restore(torch.arange(chains * layout.dim, device=device).view(chains, layout.dim))
+    tracer = Tracer(net, chains, layout.dim, device)
+    pieces = [(z, entries)] if isinstance(z, Tensor) else zip(z, entries, strict=True)
+    for piece, numbers in pieces:
+        tracer.put(piece, Label(entries=numbers))
+    try:
+        with tracer:
+            output = net(z)
+        structure, linears = structure_of(tracer, output)
+        check_spec(structure.spec)
+        (expected_grad,) = torch.autograd.grad(output.sum(), flat, allow_unused=True)
+    except _FORWARD_ERRORS as error:
+        raise Untraceable(f"a float64 copy of it, run on {chains} random chains, raised {error}") from error
+    finally:
+        tracer.remove_hooks()
+    with torch.no_grad():
+        weights = [linear.weight for linear in linears]
+        if structure.columns is not None:
+            weights[0] = spread_columns(weights[0], structure.columns, layout.dim)
+        biases = tuple(linear.bias for linear in linears)
+        value, grad = eager.mlp_energy_grad(flat, MLP(structure.spec, tuple(weights), biases))
+        if expected_grad is None or not (_close(value, output.reshape(-1)) and _close(grad, expected_grad)):
+            raise Untraceable("the MLP read out of its forward does not reproduce its value and gradient")
+        for linear, layer in zip(linears, (_Layer(net, site) for site in structure.sites), strict=True):
+            weight = effective_weight(layer)
+            # an unconverged spectral norm differs by a factor, and only by that
+            ratio = (weight * linear.weight).sum() / (weight * weight).sum()
+            if not _close(ratio * weight, linear.weight) or (layer.kind != "spectral" and abs(ratio - 1) > 1e-9):
+                raise Untraceable(f"the weight of layer '{linear.site.path}' cannot be computed outside its forward")
+    return structure
+
+
+def _close(value: Tensor, expected: Tensor) -> bool:
+    return bool(((value - expected).abs() <= _TEST_TOLERANCE * (1 + expected.abs())).all())
+
+
+def recognise(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognised:
+    """Trace and test a module, leaving it, its buffers and torch's random state as they are."""
+    tensor = next(net.parameters(), None)
+    device = torch.device("cpu") if tensor is None else tensor.device
+    devices = [] if device.type == "cpu" else [device]
+    try:
+        twin = _float64_copy(net)
+    except _FORWARD_ERRORS as error:
+        return Unrecognised(f"it cannot be copied to be examined: {error}")
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+    ):
+        try:
+            # two runs: a forward that depends on the batch, or on the values in it, shows
+            first, second = (
+                _trace(twin, layout, n, scale, device) for n, scale in zip(_TEST_CHAINS, (1, 3), strict=True)
+            )
+        except Untraceable as why:
+            return Unrecognised(str(why))
+    if first != second:
+        return Unrecognised("its forward takes another path on another batch")
+    return Recognised(net, first)
+
+
+_found: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Guards, Recognised | Unrecognised]]]
+_found = weakref.WeakKeyDictionary()
+# layouts and modes of one module that are remembered side by side
+_MAX_REMEMBERED = 8
+
+
+def recognised(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognised:
+    """`recognise`, remembered per module, layout and mode for as long as nothing that matters changes."""
+    remembered = _found.setdefault(net, {})
+    key = (layout, net.training)
+    entry = remembered.get(key)
+    if entry is None or not entry[0].hold():
+        if len(remembered) >= _MAX_REMEMBERED:
+            remembered.clear()
+        # the snapshot comes first: a change while tracing would be noticed at the next call
+        entry = (Guards(net), recognise(net, layout))
+        remembered[key] = entry
+    return entry[1]
 
 
 class EnergySource:
-    """Where the sampler gets its energy from."""
+    """Where the sampler finds its energy: an EnergyMLP, a recognised module, or a callable for autograd."""
 
-    def __init__(self, energy):
+    def __init__(self, energy: nn.Module | Callable[..., Tensor]) -> None:
         self.energy = energy
 
-    def callable(self):
-        return self.energy
+    @property
+    def net(self) -> nn.Module | Callable[..., Tensor]:
+        """The module itself, out of wrappers that only distribute or compile it."""
+        net = self.energy
+        while isinstance(net, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(net, "_orig_mod"):
+            net = net._orig_mod if hasattr(net, "_orig_mod") else net.module
+        return net
 
-    def name(self):
-        return type(self.energy).__name__
+    def name(self) -> str:
+        return getattr(self.energy, "__name__", type(self.energy).__name__)
 
-    def reason(self, flat, layout, context, y):
-        return "recognition of other modules is not there yet"
-
-    def mlp(self, flat: Tensor, layout: LatentLayout, context, y, sign: float) -> MLP | None:
+    def callable(self) -> Callable[..., Tensor]:
+        """The energy for autograd; a module runs on clones of its buffers, made once per chain."""
         energy = self.energy
-        if type(energy) is not EnergyMLP:
+        if not isinstance(energy, nn.Module):
+            return energy
+        buffers = {name: buffer.clone() for name, buffer in energy.named_buffers()}
+        if not buffers:
+            return energy
+        return lambda z, **options: torch.func.functional_call(energy, buffers, (z,), options)
+
+    def found(self, layout: LatentLayout, options: dict[str, object]) -> Recognised | Unrecognised:
+        """What is known about an energy that is no EnergyMLP."""
+        net = self.net
+        if not isinstance(net, nn.Module):
+            return Unrecognised("it is a plain callable; pass the nn.Module itself to have it examined")
+        given = [name for name, value in options.items() if value is not None]
+        if given:
+            return Unrecognised(f"{' and '.join(given)} can be fused for an EnergyMLP only")
+        return recognised(net, layout)
+
+    def reason(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> str:
+        found = self.found(layout, {"context": context, "y": y})
+        return found.reason if isinstance(found, Unrecognised) else ""
+
+    def mlp(
+        self, flat: Tensor, layout: LatentLayout, context: Tensor | None, y: Tensor | int | None, sign: float
+    ) -> MLP | None:
+        """sign · energy as the operations take it, with the parameters of this moment; None for autograd.
+
+        Raises:
+            ValueError: z, context or y does not fit the energy.
+        """
+        net = self.net
+        if is_plain_energy_mlp(net):
+            return self._energy_mlp(net, flat, layout, context, y, sign)
+        found = self.found(layout, {"context": context, "y": y})
+        if isinstance(found, Unrecognised):
             return None
-        if layout.container is not Tensor and layout.dims != energy.latent_dims:
-            raise ValueError(f"z must be layers of widths {energy.latent_dims}, got {layout.dims}")
-        energy.check_z(flat)
-        mlp = energy.mlp(flat, context, y)
-        spec = mlp.spec
-        if sign != 1.0:
-            spec = dataclasses.replace(spec, out_scale=sign * spec.out_scale)
+        mlp = found.mlp(sign)
+        weight = mlp.weights[0]
+        if weight.dtype not in SUPPORTED_DTYPES:
+            raise ValueError(f"parameters of the energy must be float32 or float64, got {dtype_name(weight.dtype)}")
+        if weight.dtype != flat.dtype or weight.device != flat.device:
+            raise ValueError(
+                f"z must be [chains, {mlp.spec.dim}] {dtype_name(weight.dtype)} on {weight.device}, got {describe(flat)}"
+            )
+        return mlp
+
+    def _energy_mlp(
+        self,
+        net: EnergyMLP,
+        flat: Tensor,
+        layout: LatentLayout,
+        context: Tensor | None,
+        y: Tensor | int | None,
+        sign: float,
+    ) -> MLP:
+        if layout.container is not Tensor and layout.dims != net.latent_dims:
+            raise ValueError(f"z must be layers of widths {net.latent_dims}, got {layout.dims}")
+        net.check_z(flat)
+        mlp = net.mlp(flat, context, y)
         return mlp._replace(
-            spec=spec,
-            weights=tuple(w.detach() for w in mlp.weights),
-            biases=tuple(None if b is None else b.detach() for b in mlp.biases),
+            spec=mlp.spec if sign == 1.0 else dataclasses.replace(mlp.spec, out_scale=sign * mlp.spec.out_scale),
+            weights=tuple(weight.detach() for weight in mlp.weights),
+            biases=tuple(None if bias is None else bias.detach() for bias in mlp.biases),
         )
+
+
+def is_plain_energy_mlp(net: object) -> bool:
+    """An EnergyMLP whose forward is EnergyMLP's: no subclass that changes it, no hook, no foreign normalisation."""
+    if not isinstance(net, EnergyMLP) or type(net).forward is not EnergyMLP.forward or net._forward_hooks:
+        return False
+    return not net._forward_pre_hooks and all(type(layer).__name__ == "EnergyLinear" for layer in net.layers)

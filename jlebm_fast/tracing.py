@@ -1,0 +1,353 @@
+"""Reads the structure of an MLP energy out of one run of a module's forward.
+
+A copy of the module runs in float64 on a small random batch, and every torch call it makes is seen by `Tracer`. Each
+tensor that descends from z carries a `Label`: how far the network has got, and which feature each of its entries is.
+Whatever only rearranges (views, squeezes, cat, indexing) is applied to those entry numbers as well, so any
+wrapping is understood, and anything else gives a label that says in which layer which operation was not understood.
+A trace is a conjecture: `recognition.py` tests it numerically before it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .problem import MLPSpec
+
+_REARRANGING = frozenset(
+    "cat concat concatenate hstack column_stack stack view reshape squeeze unsqueeze flatten unflatten getitem narrow "
+    "split chunk tensor_split unbind permute transpose t T mT swapaxes swapdims movedim select index_select "
+    "view_as reshape_as ravel".split()
+)
+_KEEPING = frozenset("contiguous clone to double type type_as detach data requires_grad alias".split())
+_READING = frozenset("item bool float int tolist numpy array index".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSite:
+    """Where a linear layer's parameters are found again: owner module (path) and parameter names.
+
+    kind   "parameter": read as it is; "spectral" (old or new style): divided by its converged spectral norm;
+           "weight_norm": the old style's hook computes it; "parametrized": the attribute computes it, without state
+    """
+
+    path: str
+    kind: str
+    weight: str
+    bias_path: str
+    bias: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """All of a recognised module except its parameters: hashable, comparable."""
+
+    spec: MLPSpec
+    sites: tuple[LinearSite, ...]
+    columns: tuple[int, ...] | None  # coordinate of z behind each input of the first layer; None: in order
+
+
+class Untraceable(Exception):
+    """Why a module is no MLP, in words for the user."""
+
+
+class Linear(NamedTuple):
+    """A linear layer met on the way: where it is, and the very tensors it used."""
+
+    site: LinearSite
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Label(NamedTuple):
+    """What a tensor holds.
+
+    entries   int64, shape of the tensor: chain * n_features + feature
+    linears   the layers passed so far
+    post      (activation, parameter) applied after the last of them, one entry per layer but possibly the last
+    head      "logsumexp" once reduced
+    factor    scale applied since
+    unknown   why this is nothing we know; the rest is meaningless then
+    """
+
+    entries: Tensor | None = None
+    linears: tuple[Linear, ...] = ()
+    post: tuple[tuple[str, float], ...] = ()
+    head: str | None = None
+    factor: float = 1.0
+    unknown: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Unscaled and unreduced: something a layer or an activation may take."""
+        return self.head is None and self.factor == 1.0
+
+
+class Tracer(TorchFunctionMode):
+    """Labels everything that descends from the given latents while a module runs."""
+
+    def __init__(self, net: nn.Module, chains: int, dim: int, device: torch.device) -> None:
+        super().__init__()
+        self.net, self.chains, self.dim, self.device = net, chains, dim, device
+        self.columns: tuple[int, ...] = ()
+        self.labels: dict[int, tuple[Tensor, Label]] = {}
+        self.reads_values: str | None = None
+        self._stack: list[tuple[str, nn.Module]] = []
+        self._hooks = []
+        for path, module in net.named_modules():
+            self._hooks.append(
+                module.register_forward_pre_hook(lambda m, _, path=path: self._stack.append((path, m)), prepend=True)
+            )
+            self._hooks.append(module.register_forward_hook(lambda *_: (self._stack.pop(), None)[1]))
+        self._owners = {
+            id(tensor): (module, path, name)
+            for path, module in net.named_modules()
+            for name, tensor in module.named_parameters(recurse=False)
+        }
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def put(self, tensor: Tensor, label: Label) -> None:
+        # the tensor is kept alive, or its id could be given to another
+        self.labels[id(tensor)] = (tensor, label)
+
+    def get(self, tensor: object) -> Label | None:
+        found = self.labels.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        return None if found is None else found[1]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = [label for label in map(self.get, tree_leaves((args, kwargs))) if label is not None]
+        result = func(*args, **kwargs)
+        if not inputs:
+            return result
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        name = _name(func)
+        if not outputs:
+            if name in _READING:
+                self.reads_values = self.reads_values or f"forward reads values of z ({name}) in {self._where()}"
+            return result
+        unknown = next((label for label in inputs if label.unknown), None)
+        if unknown is not None:
+            for output in outputs:
+                self.put(output, unknown)
+        elif name in _REARRANGING:
+            self._rearrange(name, func, args, kwargs, inputs, result)
+        else:
+            label = self._step(name, args, kwargs, inputs, outputs)
+            for output in outputs:
+                self.put(output, label)
+        return result
+
+    def _where(self) -> str:
+        path, module = self._stack[-1] if self._stack else ("", self.net)
+        return f"layer '{path}' ({type(module).__name__})" if path else f"the forward of {type(module).__name__}"
+
+    def _unknown(self, what: str) -> Label:
+        return Label(unknown=f"{what} in {self._where()}")
+
+    def _rearrange(
+        self, name: str, func: Callable[..., Any], args: tuple, kwargs: dict, inputs: list[Label], result: Any
+    ) -> None:
+        first = inputs[0]
+        same = all(label._replace(entries=None) == first._replace(entries=None) for label in inputs)
+        # in-place forms would disturb the entries that other tensors still refer to
+        entries_of = lambda leaf: leaf if (label := self.get(leaf)) is None else label.entries.clone()  # noqa: E731
+        n_tensors = sum(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not same or (name in ("cat", "concat", "concatenate", "stack") and n_tensors != len(inputs)):
+            for output in outputs:
+                self.put(output, self._unknown(f"{name} joins different things"))
+            return
+        entries = func(*tree_map(entries_of, args), **tree_map(entries_of, kwargs))
+        for output, numbers in zip(outputs, tree_leaves(entries), strict=True):
+            self.put(output, first._replace(entries=numbers))
+
+    def _step(self, name: str, args: tuple, kwargs: dict, inputs: list[Label], outputs: list[Tensor]) -> Label:
+        """The label after an operation that is not a mere rearrangement."""
+        label = inputs[0]
+        if len(inputs) == 1 and name in _KEEPING:
+            return label
+        if len(inputs) == 1 and name in ("sum", "mean") and outputs[0].numel() == label.entries.numel():
+            return label._replace(entries=label.entries.reshape(outputs[0].shape))
+        if name in ("linear", "conv2d") and self.get(args[0]) is label and len(inputs) == 1:
+            return self._linear(name, label, args, kwargs)
+        if name in ("dropout", "feature_dropout", "alpha_dropout") and label.plain:
+            training = kwargs.get("training", args[2] if len(args) > 2 else True)
+            p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+            return self._unknown(f"active dropout (p = {p}, training mode)") if training and p > 0 else label
+        if name == "logsumexp":
+            return self._logsumexp(label, args, kwargs, outputs[0])
+        if name in ("neg", "negative", "mul", "multiply", "rmul", "div", "truediv", "true_divide", "divide"):
+            return self._scaled(name, label, args, inputs)
+        found = activation_of(name, args, kwargs)
+        if found is None:
+            return self._unknown(f"{name} is not an operation of an MLP")
+        if len(inputs) != 1 or not label.plain or not label.linears or len(label.post) == len(label.linears):
+            return self._unknown(f"{name} does not follow a linear layer")
+        return label._replace(post=(*label.post, found))
+
+    def _scaled(self, name: str, label: Label, args: tuple, inputs: list[Label]) -> Label:
+        if name in ("neg", "negative"):
+            return label._replace(factor=-label.factor)
+        if len(inputs) == 2 and name in ("mul", "multiply"):
+            a, b = sorted(inputs, key=lambda entry: len(entry.post))
+            swish = a.plain and b.plain and a.linears == b.linears and b.post == (*a.post, ("sigmoid", 0.0))
+            if swish and torch.equal(a.entries, b.entries):
+                return a._replace(post=(*a.post, ("silu", 0.0)))
+        numbers = [arg for arg in args if isinstance(arg, (int, float))]
+        if len(inputs) != 1 or len(numbers) != 1 or not label.linears:
+            return self._unknown(f"{name} with a tensor, or of z itself,")
+        return label._replace(factor=label.factor / numbers[0] if "div" in name else label.factor * numbers[0])
+
+    def _logsumexp(self, label: Label, args: tuple, kwargs: dict, output: Tensor) -> Label:
+        n_logits = label.linears[-1].weight.shape[0] if label.linears else 0
+        if not label.plain or len(label.post) == len(label.linears) or output.numel() != self.chains:
+            return self._unknown("logsumexp of something that is not the logits")
+        if not torch.equal(label.entries.reshape(self.chains, n_logits), self._in_order(n_logits)):
+            return self._unknown("logsumexp of rearranged logits")
+        return label._replace(
+            head="logsumexp", entries=torch.arange(self.chains, device=self.device).view(output.shape)
+        )
+
+    def _in_order(self, n_features: int) -> Tensor:
+        return torch.arange(self.chains * n_features, device=self.device).view(self.chains, n_features)
+
+    def _linear(self, name: str, label: Label, args: tuple, kwargs: dict) -> Label:
+        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        weight, bias = given["weight"], given.get("bias")
+        if not label.plain:
+            return self._unknown("a linear layer of a scaled or reduced value")
+        if name == "conv2d":
+            if tuple(weight.shape[2:]) != (1, 1) or given["input"].shape[2:] != (1, 1) or weight.dim() != 4:
+                return self._unknown("a convolution other than 1 x 1 on 1 x 1")
+            weight = weight.flatten(1)
+        entries = label.entries
+        if entries.numel() != self.chains * weight.shape[1]:
+            return self._unknown("a linear layer that is not applied to one row per chain")
+        entries = entries.reshape(self.chains, weight.shape[1])
+        width = label.linears[-1].weight.shape[0] if label.linears else self.dim
+        shift = (torch.arange(self.chains, device=self.device) * width).view(-1, 1)
+        if not torch.equal(entries - shift, entries[:1].expand_as(entries)):
+            return self._unknown("a linear layer that mixes chains")
+        if label.linears and not torch.equal(entries, self._in_order(width)):
+            return self._unknown("a linear layer of rearranged or selected features")
+        post = label.post
+        if label.linears and len(post) < len(label.linears):
+            post = (*post, ("identity", 0.0))
+        elif post and post[-1][0] == "sigmoid":
+            return self._unknown("sigmoid between linear layers")
+        site = self._site(given["weight"], bias)
+        if isinstance(site, str):
+            return self._unknown(site)
+        linear = Linear(site, weight.detach(), None if bias is None else bias.detach())
+        shape = (self.chains, weight.shape[0]) if name == "linear" else (self.chains, weight.shape[0], 1, 1)
+        if not label.linears:
+            # the first layer's columns travel with it: which coordinate of z each input is
+            self.columns = tuple(entries[0].tolist())
+        return Label(self._in_order(weight.shape[0]).view(shape), (*label.linears, linear), post)
+
+    def _site(self, weight: Tensor, bias: Tensor | None) -> LinearSite | str:
+        """Where the parameters come from, or why that is not known."""
+        bias_path, bias_name = "", None
+        if bias is not None:
+            if id(bias) not in self._owners:
+                return "a linear layer whose bias is not a parameter"
+            _, bias_path, bias_name = self._owners[id(bias)]
+        owner = self._owners.get(id(weight))
+        if owner is not None:
+            return LinearSite(owner[1], "parameter", owner[2], bias_path, bias_name)
+        path, module = self._stack[-1] if self._stack else ("", self.net)
+        kind = computed_weight_kind(module)
+        if kind is None:
+            return "a weight that is computed in a way we do not know"
+        return LinearSite(path, kind, "weight", bias_path, bias_name)
+
+
+def computed_weight_kind(module: nn.Module) -> str | None:
+    """How `module.weight` comes about where it is no plain parameter; None where that is not known."""
+    from torch.nn.utils.parametrizations import _SpectralNorm
+    from torch.nn.utils.spectral_norm import SpectralNorm
+    from torch.nn.utils.weight_norm import WeightNorm
+
+    hooks = [hook for hook in module._forward_pre_hooks.values() if getattr(hook, "name", None) == "weight"]
+    if len(hooks) == 1 and isinstance(hooks[0], SpectralNorm):
+        return "spectral" if hooks[0].dim == 0 else None
+    if len(hooks) == 1 and isinstance(hooks[0], WeightNorm):
+        return "weight_norm"
+    if nn.utils.parametrize.is_parametrized(module, "weight"):
+        chain = module.parametrizations.weight
+        spectral = [p for p in chain if isinstance(p, _SpectralNorm)]
+        if not spectral:
+            return "parametrized" if not list(chain.buffers()) else None
+        return "spectral" if len(chain) == 1 and spectral[0].dim == 0 else None
+    return None
+
+
+def activation_of(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[str, float] | None:
+    """(catalogue name, parameter) of a torch call, or None where it is no activation we know."""
+
+    def option(keyword: str, position: int, default: float) -> float:
+        return kwargs.get(keyword, args[position] if len(args) > position else default)
+
+    if name in ("relu", "silu", "mish", "tanh", "sigmoid"):
+        return name, 0.0
+    if name == "leaky_relu":
+        return name, float(option("negative_slope", 1, 0.01))
+    if name == "elu" and option("scale", 2, 1.0) in (1.0, False) and option("input_scale", 3, 1.0) == 1.0:
+        return name, float(option("alpha", 1, 1.0))
+    if name == "softplus" and option("threshold", 2, 20.0) == 20.0:
+        return name, float(option("beta", 1, 1.0))
+    if name == "gelu":
+        return ("gelu" if option("approximate", 1, "none") == "none" else "gelu_tanh"), 0.0
+    return None
+
+
+def _name(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        name = func.__self__.__name__
+    return name.strip("_")
+
+
+def structure_of(tracer: Tracer, output: object) -> tuple[Structure, tuple[Linear, ...]]:
+    """The structure behind a module's output, and the layers with the tensors they used."""
+    label = tracer.get(output)
+    if tracer.reads_values is not None:
+        raise Untraceable(tracer.reads_values)
+    if label is None:
+        raise Untraceable("its output is not a tensor that torch operations computed from z")
+    if label.unknown is not None:
+        raise Untraceable(label.unknown)
+    linears, post, head = label.linears, label.post, label.head
+    if len(linears) < 2:
+        raise Untraceable("it has no hidden layer")
+    n_logits = linears[-1].weight.shape[0]
+    if head is None:
+        head, parameter = post[-1] if len(post) == len(linears) else ("identity", 0.0)
+        if head not in ("identity", "tanh", "sigmoid", "softplus") or (head == "softplus" and parameter != 1.0):
+            raise Untraceable(f"its last layer is followed by {head}, which is no output form")
+        if n_logits != 1 or label.entries.numel() != tracer.chains:
+            raise Untraceable(f"it returns {n_logits} logits per chain without a head (logsumexp)")
+    if not torch.equal(label.entries.reshape(-1), torch.arange(tracer.chains, device=tracer.device)):
+        raise Untraceable("its output is not in the order of the chains")
+    hidden = post[: len(linears) - 1]
+    spec = MLPSpec(
+        (tracer.dim, *(linear.weight.shape[0] for linear in linears)),
+        tuple(name for name, _ in hidden),
+        tuple(parameter for _, parameter in hidden),
+        head,
+        label.factor,
+    )
+    columns = None if tracer.columns == tuple(range(tracer.dim)) else tracer.columns
+    return Structure(spec, tuple(linear.site for linear in linears), columns), linears
