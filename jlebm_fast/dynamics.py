@@ -61,6 +61,9 @@ class GaussianPrior:
         return mean, precision.to(torch.float64).pow(-2).to(z.dtype)
 
 
+STANDARD_NORMAL = GaussianPrior()
+
+
 def _broadcast(name: str, value: float | Tensor, z: Tensor) -> Tensor:
     chains, dim = z.shape
     if not isinstance(value, Tensor) or value.dim() == 0:

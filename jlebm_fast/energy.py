@@ -15,7 +15,7 @@ from .checks import describe, dtype_name
 from .latents import LatentLayout, flatten_latents
 from .ops import check_spec
 from .problem import ACTIVATIONS, HEADS, MLP, MLPSpec
-from .spectral import top_singular_vectors
+from .spectral import top_singular_triple
 
 
 class EnergyLinear(nn.Linear):
@@ -31,21 +31,20 @@ class EnergyLinear(nn.Linear):
         if spectral_norm:
             self.register_buffer("weight_u", F.normalize(torch.randn(out_features), dim=0))
             self.register_buffer("weight_v", F.normalize(torch.randn(in_features), dim=0))
-            self.converge()
+            self.effective_weight(keep_vectors=True)
 
-    @torch.no_grad()
-    def converge(self) -> None:
-        """Bring weight_u and weight_v to the top singular pair of the present weight."""
-        u, v = top_singular_vectors(self.weight, self.weight_u)
-        self.weight_u.copy_(u)
-        self.weight_v.copy_(v)
-
-    def effective_weight(self) -> Tensor:
-        """W, or W / (uᵀ W v): differentiable in W, u and v taken as constants."""
+    def effective_weight(self, *, keep_vectors: bool = False) -> Tensor:
+        """W, or W / (uᵀ W v): differentiable in W, with u and v taken as constants."""
         if not self.spectral_norm:
             return self.weight
-        u, v = top_singular_vectors(self.weight, self.weight_u)
-        return self.weight / torch.dot(u, torch.mv(self.weight, v))
+        u, v, sigma = top_singular_triple(self.weight, self.weight_u)
+        if keep_vectors:
+            with torch.no_grad():
+                self.weight_u.copy_(u)
+                self.weight_v.copy_(v)
+        if torch.is_grad_enabled():
+            return self.weight / torch.dot(u, torch.mv(self.weight, v))
+        return self.weight / sigma
 
 
 class EnergyMLP(nn.Module):
@@ -169,10 +168,7 @@ class EnergyMLP(nn.Module):
     ) -> Tensor:
         """f(z), or f(z, c), [chains]."""
         flat = self._flatten(z)
-        if self.training and self.spectral_norm:
-            for layer in self.layers:
-                layer.converge()
-        return eager.mlp_forward(flat, self.mlp(flat, context, y))[0]
+        return eager.mlp_forward(flat, self.mlp(flat, context, y, keep_vectors=self.training))[0]
 
     def _flatten(self, z: Tensor | Sequence[Tensor]) -> Tensor:
         if isinstance(z, Tensor):
@@ -193,9 +189,19 @@ class EnergyMLP(nn.Module):
                 f"z must be [chains, {self.spec.dim}] {dtype_name(weight.dtype)} on {weight.device}, got {describe(z)}"
             )
 
-    def mlp(self, z: Tensor, context: Tensor | None = None, y: Tensor | int | None = None) -> MLP:
-        """The parameters of this moment as the operations take them; attached to autograd unless grad mode is off."""
-        weights = [layer.effective_weight() for layer in self.layers]
+    def mlp(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | int | None = None,
+        *,
+        keep_vectors: bool = False,
+    ) -> MLP:
+        """The parameters of this moment as the operations take them; attached to autograd unless grad mode is off.
+
+        keep_vectors writes the converged singular vectors of a spectral norm into their buffers.
+        """
+        weights = [layer.effective_weight(keep_vectors=keep_vectors) for layer in self.layers]
         biases = tuple(layer.bias for layer in self.layers)
         context_bias = None
         if self.context_dim:

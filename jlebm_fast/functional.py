@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dynamics, ops
-from .dynamics import GaussianPrior
+from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .latents import flatten_latents, flatten_mask
 from .problem import Update
 from .recognition import EnergySource
@@ -75,7 +75,7 @@ def langevin_step(
     *,
     step_size: float | Tensor = 0.4,
     noise_scale: float | Tensor = 1.0,
-    prior: GaussianPrior | None = GaussianPrior(),
+    prior: GaussianPrior | None = STANDARD_NORMAL,
     maximize: bool = True,
     mask: object = None,
     noise: Tensor | None = None,

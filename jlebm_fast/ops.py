@@ -13,6 +13,8 @@ from .checks import SUPPORTED_DTYPES, check_like, describe, dtype_name
 from .problem import ACTIVATIONS, HEADS, MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
 from .rng import check_noise_key
 
+NOTHING = Record()
+
 
 def langevin_noise(
     noise_key: int,
@@ -68,7 +70,7 @@ def mlp_energy_grad(z: Tensor, mlp: MLP, *, backend: str = "auto") -> tuple[Tens
 
 
 def mlp_langevin_chain(
-    z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record = Record(), *, backend: str = "auto"
+    z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record = NOTHING, *, backend: str = "auto"
 ) -> ChainResult:
     """n_steps updates of z [chains, dim] with the MLP's own gradient."""
     check_z(z, mlp.spec.dim)

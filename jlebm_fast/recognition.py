@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from .energy import EnergyMLP
 from .latents import LatentLayout
 from .ops import check_spec
 from .problem import MLP
-from .spectral import top_singular_vectors
+from .spectral import top_singular_triple
 from .tracing import Label, LinearSite, Structure, Tracer, Untraceable, structure_of
 
 # what a forward in float64 on a foreign batch may legitimately raise; anything else is the user's to see
@@ -115,9 +114,8 @@ def effective_weight(layer: _Layer) -> Tensor:
         start = layer.direction
         if start is None or start.shape != u.shape or start.dtype != u.dtype or start.device != u.device:
             start = u
-        u, v = top_singular_vectors(weight, start)
-        layer.direction = u
-        weight = weight / torch.dot(u, torch.mv(weight, v))
+        layer.direction, _, sigma = top_singular_triple(weight, start)
+        weight = weight / sigma
     return weight if weight.dim() == 2 else weight.flatten(1)
 
 
@@ -306,7 +304,8 @@ class EnergySource:
             raise ValueError(f"parameters of the energy must be float32 or float64, got {dtype_name(weight.dtype)}")
         if weight.dtype != flat.dtype or weight.device != flat.device:
             raise ValueError(
-                f"z must be [chains, {mlp.spec.dim}] {dtype_name(weight.dtype)} on {weight.device}, got {describe(flat)}"
+                f"z must be [chains, {mlp.spec.dim}] {dtype_name(weight.dtype)} on {weight.device}, "
+                f"got {describe(flat)}"
             )
         return mlp
 

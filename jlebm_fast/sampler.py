@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import backends, dynamics, ops, stepwise
 from .checks import check_like, describe
-from .dynamics import GaussianPrior
+from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .explanation import explain
 from .latents import LatentLayout, flatten_latents, flatten_mask
 from .problem import ChainResult, Record, Update
@@ -79,7 +79,7 @@ class FastLangevin:
     n_steps: int = dataclasses.field(default=60, kw_only=True)
     step_size: float | Sequence[float] | Tensor = dataclasses.field(default=0.4, kw_only=True)
     noise_scale: float | Sequence[float] | Tensor = dataclasses.field(default=1.0, kw_only=True)
-    prior: GaussianPrior | None = dataclasses.field(default=GaussianPrior(), kw_only=True)
+    prior: GaussianPrior | None = dataclasses.field(default=STANDARD_NORMAL, kw_only=True)
     maximize: bool = dataclasses.field(default=True, kw_only=True)
     backend: str = dataclasses.field(default="auto", kw_only=True)
     precision: str | None = dataclasses.field(default=None, kw_only=True)

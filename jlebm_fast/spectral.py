@@ -1,7 +1,7 @@
 """Spectral norm of a weight, converged: what every chain and every EnergyMLP divides by.
 
 The rule: sigma = uᵀ W v with (u, v) the top singular pair to a relative residual of `TOLERANCE`,
-‖Wᵀu − sigma v‖ <= TOLERANCE · sigma, whatever the buffers of the module say. Started from vectors that
+‖W Wᵀ u − sigma² u‖ <= TOLERANCE · sigma², whatever the buffers of the module say. Started from vectors that
 are nearly right (a weight that moved by one optimiser step) that costs a few power iterations; vectors that do not
 converge within `MAX_ITERATIONS` are replaced by an exact singular value decomposition. A module's own buffers
 are read as the starting point and never written here.
@@ -14,8 +14,9 @@ Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networ
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 TOLERANCE = 1e-4
@@ -24,18 +25,25 @@ MAX_ITERATIONS = 40
 
 
 @torch.no_grad()
-def top_singular_vectors(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The top left and right singular vectors (u [out], v [in]) of a weight [out, in], started from u [out]."""
+def top_singular_triple(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(u [out], v [in], sigma) with sigma = uᵀ W v the largest singular value of W [out, in]; started from u [out].
+
+    A weight that holds NaN or infinity gives sigma = nan, and a chain that says so in its diagnostics.
+    """
     weight = weight.detach()
+    transposed = weight.t()
     for _ in range(MAX_ITERATIONS):
-        back = torch.mv(weight.t(), u)
-        v = F.normalize(back, dim=0)
-        forth = torch.mv(weight, v)
-        # with v = Wᵀu / ‖Wᵀu‖ the residual of the pair (u, v) stands in W v = sigma u
-        sigma = torch.linalg.vector_norm(forth)
-        residual = torch.linalg.vector_norm(forth - sigma * u)
-        u = forth / sigma.clamp(min=torch.finfo(weight.dtype).tiny)
-        if residual <= TOLERANCE * sigma:
-            return u, v
-    left, _, right = torch.linalg.svd(weight, full_matrices=False)
-    return left[:, 0].contiguous(), right[0].contiguous()
+        back = torch.mv(transposed, u)
+        forth = torch.mv(weight, back)
+        norm_back, norm_forth = float(torch.linalg.vector_norm(back)), float(torch.linalg.vector_norm(forth))
+        if not math.isfinite(norm_forth):
+            return u, back, math.nan
+        if norm_forth == 0.0:
+            break
+        # u is an eigenvector of W Wᵀ, with eigenvalue ‖Wᵀu‖², once this vanishes
+        residual = float(torch.linalg.vector_norm(torch.sub(forth, u, alpha=norm_back * norm_back)))
+        u = forth / norm_forth
+        if residual <= TOLERANCE * norm_forth:
+            return u, back / norm_back, norm_forth / norm_back
+    left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
+    return left[:, 0].contiguous(), right[0].contiguous(), float(sigma[0])

@@ -20,13 +20,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .problem import MLPSpec
 
-_REARRANGING = frozenset(
-    "cat concat concatenate hstack column_stack stack view reshape squeeze unsqueeze flatten unflatten getitem narrow "
-    "split chunk tensor_split unbind permute transpose t T mT swapaxes swapdims movedim select index_select "
-    "view_as reshape_as ravel".split()
-)
-_KEEPING = frozenset("contiguous clone to double type type_as detach data requires_grad alias".split())
-_READING = frozenset("item bool float int tolist numpy array index".split())
+# fmt: off
+_REARRANGING = frozenset((
+    "cat", "concat", "concatenate", "hstack", "column_stack", "stack", "view", "reshape", "squeeze", "unsqueeze",
+    "flatten", "unflatten", "getitem", "narrow", "split", "chunk", "tensor_split", "unbind", "permute", "transpose",
+    "t", "T", "mT", "swapaxes", "swapdims", "movedim", "select", "index_select", "view_as", "reshape_as", "ravel",
+))
+_KEEPING = frozenset((
+    "contiguous", "clone", "to", "double", "type", "type_as", "detach", "data", "requires_grad", "alias",
+))
+_READING = frozenset(("item", "bool", "float", "int", "tolist", "numpy", "array", "index"))
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
