@@ -3,12 +3,13 @@
 //     u0 = (w0 >> 9) 2^-23 + 2^-24      u1 = (w1 >> 9) 2^-23 + 2^-24      exact in float32, in (0, 1)
 //     r  = sqrt(-2 ln u0)               n0 = r cos(2 pi u1)               n1 = r sin(2 pi u1)
 //
-// ln, cos and sin are the polynomials below. Every multiplication and addition rounds on its own: rn_mul and rn_add
+// ln, cos and sin are the polynomials below. Every multiplication and addition rounds on its own: mul and add
 // are plain operators in a file compiled without contraction (-ffp-contract=off) and __fmul_rn / __fadd_rn on the GPU.
-// rn_sqrt is correctly rounded. The torch statement of the same arithmetic is jlebm_fast/backends/eager_noise.py.
+// sqrt is correctly rounded. The torch statement of the same arithmetic is jlebm_fast/backends/eager_noise.py.
 //
-// One source serves scalars (float, int32_t, uint32_t) and SIMD vectors: the caller provides, for its types,
-// rn_mul, rn_add, rn_sqrt, to_float(int), as_float(uint), as_int(uint), select(mask, a, b), splat<F>(float).
+// One source serves scalars and SIMD vectors. The caller's Ops names the types F, I, U (float32, int32, uint32 lanes)
+// and has, as static functions: mul, add, sqrt, to_float(I), as_float(U), as_uint(F or I), as_int(U),
+// select(mask, F, F), splat(float).
 #pragma once
 
 #include "philox.h"
@@ -25,6 +26,7 @@ constexpr float kLogQ[9] = {1.0f,
                             0.14917394518852234f,
                             -0.14482136070728302f,
                             0.08959802985191345f};
+constexpr int32_t kSqrtHalfBits = 0x3f3504f3;
 constexpr float kLn2 = 0.6931471805599453f;
 // sin(2 pi x) = x S(x^2), cos(2 pi x) = 1 + x^2 C(x^2) on |x| <= 1/8, errors 3e-9 and 2e-10
 constexpr float kSinS[4] = {6.2831854820251465f, -41.3416633605957f, 81.5925521850586f, -75.40206909179688f};
@@ -35,47 +37,49 @@ struct NormalPair {
     F cosine, sine;
 };
 
-// F float32 lanes, I int32 lanes, U uint32 lanes
-template <class F, class I, class U>
-JLEBM_HD NormalPair<F> box_muller(U word0, U word1) {
-    // ln u0: u0 = 2^e m with m in [sqrt(1/2), sqrt(2)); 2 (w0 >> 9) + 1 is an odd integer below 2^24, exact as a float
-    const U odd = ((word0 >> 9) << 1) + 1u;
-    const F scaled = to_float(as_int(odd));  // u0 * 2^24
-    const U bits = as_uint(scaled);
-    const I shifted = as_int(bits) - 0x3f3504f3;  // bits of sqrt(1/2)
-    const I exponent = shifted >> 23;             // of m, arithmetic shift
-    const F f = rn_add(as_float(as_uint(as_int(bits) - (exponent << 23))), splat<F>(-1.0f));
-    F q = splat<F>(kLogQ[8]);
+template <class Ops>
+JLEBM_HD NormalPair<typename Ops::F> box_muller(typename Ops::U word0, typename Ops::U word1) {
+    using F = typename Ops::F;
+    using I = typename Ops::I;
+    using U = typename Ops::U;
+    // -2 ln u0: u0 = 2^e m, m in [sqrt(1/2), sqrt(2)). 2 (w0 >> 9) + 1 is an odd integer below 2^24, exact as a float;
+    // it is u0 2^24, so 24 is taken off the exponent. The factor -2 stands in the constants: scaling by it is exact.
+    const I bits = Ops::as_int(Ops::as_uint(Ops::to_float(Ops::as_int((word0 >> 8) | 1u))));
+    const I shifted = bits - (kSqrtHalfBits + (24 << 23));
+    const I exponent = shifted >> 23;  // arithmetic
+    const F m = Ops::as_float(Ops::as_uint((shifted & 0x7fffff) + kSqrtHalfBits));
+    const F f = Ops::add(m, Ops::splat(-1.0f));
+    F q = Ops::splat(-2.0f * kLogQ[8]);
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #pragma GCC unroll 8
 #endif
-    for (int i = 7; i >= 0; --i) q = rn_add(rn_mul(q, f), splat<F>(kLogQ[i]));
-    const F ln = rn_add(rn_mul(to_float(exponent - 24), splat<F>(kLn2)), rn_mul(f, q));
-    const F r = rn_sqrt(rn_mul(ln, splat<F>(-2.0f)));
+    for (int i = 7; i >= 0; --i) q = Ops::add(Ops::mul(q, f), Ops::splat(-2.0f * kLogQ[i]));
+    const F r =
+        Ops::sqrt(Ops::add(Ops::mul(Ops::to_float(exponent), Ops::splat(-2.0f * kLn2)), Ops::mul(f, q)));
 
-    // 2 pi u1 = (pi / 2) quadrant + 2 pi x, |x| <= 1/8; in units of 2^-24 all of this is integer arithmetic
-    const U k = word1 >> 9;
-    const U quadrant = (k + (1u << 20)) >> 21;
-    const I offset = as_int((k << 1) + 1u) - as_int(quadrant << 22);
-    const F x = rn_mul(to_float(offset), splat<F>(5.9604644775390625e-08f));
-    const F y = rn_mul(x, x);
-    F s = splat<F>(kSinS[3]);
-    F c = splat<F>(kCosC[3]);
+    // 2 pi u1 = (pi / 2) quadrant + 2 pi x with x in (-1/8, 1/8). Adding 1/8 to u1 (mod 1) puts the quadrant into the
+    // two top bits; the 21 bits below them, with the half unit of the contract, are the mantissa of x + 3/8 in [1/4, 1/2).
+    const U turned = word1 + (1u << 29);
+    const F x = Ops::add(Ops::as_float(((turned >> 7) & 0x7ffffcu) | 0x3e800002u), Ops::splat(-0.375f));
+    const F y = Ops::mul(x, x);
+    F s = Ops::splat(kSinS[3]);
+    F c = Ops::splat(kCosC[3]);
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #pragma GCC unroll 3
 #endif
     for (int i = 2; i >= 0; --i) {
-        s = rn_add(rn_mul(s, y), splat<F>(kSinS[i]));
-        c = rn_add(rn_mul(c, y), splat<F>(kCosC[i]));
+        s = Ops::add(Ops::mul(s, y), Ops::splat(kSinS[i]));
+        c = Ops::add(Ops::mul(c, y), Ops::splat(kCosC[i]));
     }
-    s = rn_mul(s, x);
-    c = rn_add(rn_mul(c, y), splat<F>(1.0f));
-    const auto swap = (quadrant & 1u) != 0u;
-    const U cosine_sign = ((quadrant + 1u) << 30) & 0x80000000u;
-    const U sine_sign = (quadrant << 30) & 0x80000000u;
-    const F cosine = as_float(as_uint(select(swap, s, c)) ^ cosine_sign);
-    const F sine = as_float(as_uint(select(swap, c, s)) ^ sine_sign);
-    return {rn_mul(r, cosine), rn_mul(r, sine)};
+    s = Ops::mul(s, x);
+    c = Ops::add(Ops::mul(c, y), Ops::splat(1.0f));
+    const auto odd_quadrant = (turned & 0x40000000u) != 0u;
+    const F cosine = Ops::select(odd_quadrant, s, c);
+    const F sine = Ops::select(odd_quadrant, c, s);
+    // cosine is negative in quadrants 1 and 2, sine in 2 and 3
+    const F signed_cosine = Ops::as_float(Ops::as_uint(cosine) ^ ((turned + 0x40000000u) & 0x80000000u));
+    const F signed_sine = Ops::as_float(Ops::as_uint(sine) ^ (turned & 0x80000000u));
+    return {Ops::mul(r, signed_cosine), Ops::mul(r, signed_sine)};
 }
 
 }  // namespace jlebm

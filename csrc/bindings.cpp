@@ -1,0 +1,187 @@
+// The only file that includes pybind11: integers, floats and addresses in, exceptions out.
+//
+// Every operation takes its record of params.h as keyword arguments. Addresses are integers (0: absent) of contiguous
+// arrays that the caller keeps alive and has checked; the Python interpreter's lock is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/threads.h"
+#include "params.h"
+
+namespace py = pybind11;
+
+namespace jlebm {
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// (widths, activations, activation params, head, out_scale, weight addresses, bias addresses, context_bias, logit)
+using MlpTuple = std::tuple<std::vector<int>, std::vector<int>, std::vector<float>, int, float, std::vector<Address>,
+                            std::vector<Address>, Address, Address>;
+// (step_coefficients, chain_coefficients, prior_mean, stride, prior_precision, stride, frozen, stride, noise,
+//  extra_grad, noise_key, first_step, first_chain)
+using UpdateTuple = std::tuple<Address, Address, Address, int64_t, Address, int64_t, Address, int64_t, Address, Address,
+                               uint64_t, uint32_t, uint32_t>;
+// (thin, energy, grad_norm, displacement, first_bad_step, trajectory)
+using RecordTuple = std::tuple<int64_t, Address, Address, Address, Address, Address>;
+
+MlpParams mlp_params(const MlpTuple& t) {
+    const auto& [widths, activations, activation_params, head, out_scale, weights, biases, context_bias, logit] = t;
+    const size_t n_hidden = activations.size();
+    if (n_hidden < 1 || n_hidden > size_t(kMaxHiddenLayers))
+        throw std::invalid_argument("an MLP energy has 1 to " + std::to_string(kMaxHiddenLayers) +
+                                    " hidden layers here, got " + std::to_string(n_hidden));
+    if (widths.size() != n_hidden + 2 || activation_params.size() != n_hidden || weights.size() != n_hidden + 1 ||
+        biases.size() != n_hidden + 1)
+        throw std::invalid_argument("widths, activations, weights and biases disagree on the number of layers");
+    if (head < 0 || head >= int(Head::kCount)) throw std::invalid_argument("unknown head " + std::to_string(head));
+    MlpParams p;
+    p.n_hidden = int32_t(n_hidden);
+    for (size_t i = 0; i < widths.size(); ++i) {
+        if (widths[i] < 1) throw std::invalid_argument("widths must be positive, got " + std::to_string(widths[i]));
+        p.widths[i] = widths[i];
+    }
+    for (size_t l = 0; l < n_hidden; ++l) {
+        if (activations[l] < 0 || activations[l] >= int(Activation::kCount))
+            throw std::invalid_argument("unknown activation " + std::to_string(activations[l]));
+        p.activations[l] = Activation(activations[l]);
+        p.activation_params[l] = activation_params[l];
+    }
+    for (size_t l = 0; l <= n_hidden; ++l) {
+        p.weights[l] = at<const float>(weights[l]);
+        p.biases[l] = at<const float>(biases[l]);
+    }
+    p.head = Head(head);
+    p.out_scale = out_scale;
+    p.context_bias = at<const float>(context_bias);
+    p.logit = at<const int64_t>(logit);
+    return p;
+}
+
+UpdateParams update_params(const UpdateTuple& t) {
+    UpdateParams p;
+    Address coefficients, chain_coefficients, mean, precision, frozen, noise, extra_grad;
+    std::tie(coefficients, chain_coefficients, mean, p.prior_mean_stride, precision, p.prior_precision_stride, frozen,
+             p.frozen_stride, noise, extra_grad, p.noise_key, p.first_step, p.first_chain) = t;
+    p.step_coefficients = at<const float>(coefficients);
+    p.chain_coefficients = at<const float>(chain_coefficients);
+    p.prior_mean = at<const float>(mean);
+    p.prior_precision = at<const float>(precision);
+    p.frozen = at<const uint8_t>(frozen);
+    p.noise = at<const float>(noise);
+    p.extra_grad = at<const float>(extra_grad);
+    return p;
+}
+
+RecordParams record_params(const RecordTuple& t) {
+    RecordParams p;
+    Address energy, grad_norm, displacement, first_bad_step, trajectory;
+    std::tie(p.thin, energy, grad_norm, displacement, first_bad_step, trajectory) = t;
+    if (p.thin < 1) throw std::invalid_argument("thin must be at least 1, got " + std::to_string(p.thin));
+    p.energy = at<float>(energy);
+    p.grad_norm = at<float>(grad_norm);
+    p.displacement = at<float>(displacement);
+    p.first_bad_step = at<int64_t>(first_bad_step);
+    p.trajectory = at<float>(trajectory);
+    return p;
+}
+
+void cpu_langevin_noise(uint64_t noise_key, uint32_t first_step, uint32_t first_chain, uint32_t stream, int64_t n_steps,
+                        int64_t chains, int64_t dim, Address out, int n_threads) {
+    LangevinNoiseParams p{noise_key, first_step, first_chain, stream, n_steps, chains, dim, at<float>(out)};
+    const py::gil_scoped_release unlocked;
+    cpu_kernels().langevin_noise(p, n_threads);
+}
+
+void cpu_langevin_step(int64_t chains, int64_t dim, Address z, Address grad, const UpdateTuple& update, Address out,
+                       int n_threads) {
+    LangevinStepParams p{chains, dim, at<const float>(z), at<const float>(grad), update_params(update), at<float>(out)};
+    const py::gil_scoped_release unlocked;
+    cpu_kernels().langevin_step(p, n_threads);
+}
+
+void cpu_mlp_energy_grad(int64_t chains, Address z, const MlpTuple& mlp, Address energy, Address grad, int n_threads) {
+    MlpEnergyGradParams p{chains, at<const float>(z), mlp_params(mlp), at<float>(energy), at<float>(grad)};
+    const py::gil_scoped_release unlocked;
+    cpu_kernels().mlp_energy_grad(p, n_threads);
+}
+
+void cpu_mlp_langevin_chain(int64_t chains, int64_t n_steps, Address z, const MlpTuple& mlp, const UpdateTuple& update,
+                            const RecordTuple& record, Address out, int n_threads) {
+    MlpLangevinChainParams p;
+    p.chains = chains, p.n_steps = n_steps;
+    p.z = at<const float>(z), p.out = at<float>(out);
+    p.mlp = mlp_params(mlp), p.update = update_params(update), p.record = record_params(record);
+    const py::gil_scoped_release unlocked;
+    cpu_kernels().mlp_langevin_chain(p, n_threads);
+}
+
+std::vector<uint32_t> cpu_philox_words(int rounds, std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+    if (rounds != 7 && rounds != 10) throw std::invalid_argument("rounds must be 7 or 10");
+    std::vector<uint32_t> words(size_t(4 * cpu_kernels().lanes));
+    cpu_kernels().philox_words(rounds, counter.data(), key.data(), words.data());
+    return words;
+}
+
+void cpu_mlp_activation(int activation, float param, int64_t n, Address a, Address h, Address d, int n_threads) {
+    if (activation < 0 || activation >= int(Activation::kCount))
+        throw std::invalid_argument("unknown activation " + std::to_string(activation));
+    MlpActivationParams p{Activation(activation), param, n, at<const float>(a), at<float>(h), at<float>(d)};
+    const py::gil_scoped_release unlocked;
+    cpu_kernels().mlp_activation(p, n_threads);
+}
+
+double fma_peak(int n_threads, double seconds) {
+    if (n_threads < 1) throw std::invalid_argument("n_threads must be at least 1");
+    const py::gil_scoped_release unlocked;
+    std::vector<double> rates(size_t(n_threads), 0.0);
+    std::vector<std::thread> threads;
+    for (int i = 0; i < n_threads; ++i)
+        threads.emplace_back([&, i] { rates[size_t(i)] = cpu_kernels().fma_peak(seconds); });
+    for (std::thread& t : threads) t.join();
+    double sum = 0.0;
+    for (double r : rates) sum += r;
+    return sum;
+}
+
+}  // namespace
+}  // namespace jlebm
+
+PYBIND11_MODULE(_C, m) {
+    using namespace jlebm;
+    m.doc() = "Compiled kernels of jlebm_fast: the four operations on the CPU.";
+    m.attr("max_hidden_layers") = kMaxHiddenLayers;
+    m.attr("version") = JLEBM_VERSION;
+    m.attr("compiler") = JLEBM_COMPILER;
+    m.attr("cuda") = false;
+    m.def("cpu_target", [] { return std::string(cpu_kernels().target); }, "target whose kernels run");
+    m.def("cpu_lanes", [] { return cpu_kernels().lanes; });
+    m.def("cpu_targets", [] { return std::string(cpu_targets()); }, "targets of this build that this processor runs");
+    m.def("thread_runtime", [] { return std::string(thread_runtime()); });
+    m.def("cpu_langevin_noise", &cpu_langevin_noise, py::kw_only(), py::arg("noise_key"), py::arg("first_step"),
+          py::arg("first_chain"), py::arg("stream"), py::arg("n_steps"), py::arg("chains"), py::arg("dim"),
+          py::arg("out"), py::arg("n_threads"));
+    m.def("cpu_langevin_step", &cpu_langevin_step, py::kw_only(), py::arg("chains"), py::arg("dim"), py::arg("z"),
+          py::arg("grad"), py::arg("update"), py::arg("out"), py::arg("n_threads"));
+    m.def("cpu_mlp_energy_grad", &cpu_mlp_energy_grad, py::kw_only(), py::arg("chains"), py::arg("z"), py::arg("mlp"),
+          py::arg("energy"), py::arg("grad"), py::arg("n_threads"));
+    m.def("cpu_mlp_langevin_chain", &cpu_mlp_langevin_chain, py::kw_only(), py::arg("chains"), py::arg("n_steps"),
+          py::arg("z"), py::arg("mlp"), py::arg("update"), py::arg("record"), py::arg("out"), py::arg("n_threads"));
+    m.def("cpu_philox_words", &cpu_philox_words, py::arg("rounds"), py::arg("counter"), py::arg("key"));
+    m.def("cpu_mlp_activation", &cpu_mlp_activation, py::kw_only(), py::arg("activation"), py::arg("param"),
+          py::arg("n"), py::arg("a"), py::arg("h"), py::arg("d"), py::arg("n_threads"));
+    m.def("fma_peak", &fma_peak, py::arg("n_threads"), py::arg("seconds") = 0.2,
+          "measured multiply-add rate of n_threads threads together, GFLOP/s");
+}

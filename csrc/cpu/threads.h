@@ -1,0 +1,26 @@
+// Threads for the CPU kernels.
+//
+// If the process already runs an OpenMP runtime (torch brings one), its threads are used, so that two pools never
+// compete for the same cores; otherwise threads are started for the call.
+#pragma once
+
+namespace jlebm {
+
+// Runs task(context, worker) for worker = n - 1 .. 0, each exactly once. Workers are begun in that order: a worker may
+// wait for one with a higher number. The calling thread takes part; fewer threads than n may serve.
+void run_workers(int n, void (*task)(void* context, int worker), void* context);
+
+// "openmp: <library>" or "std::thread"
+const char* thread_runtime();
+
+template <class Task>
+void parallel_workers(int n, const Task& task) {
+    if (n <= 1) {
+        task(0);
+        return;
+    }
+    run_workers(n, [](void* context, int worker) { (*static_cast<const Task*>(context))(worker); },
+                const_cast<Task*>(&task));
+}
+
+}  // namespace jlebm

@@ -1,0 +1,42 @@
+"""The one place that loads the compiled module `_C`, and the one sentence about it when it is missing."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+REMEDY = "build it with `pip install -e .` in a checkout of jlebm_fast (needs a C++17 compiler, CMake and Ninja)"
+_NAME = "jlebm_fast._C"
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    if importlib.util.find_spec(_NAME) is None:
+        return None, f"the compiled module {_NAME} is missing; {REMEDY}"
+    try:
+        module = importlib.import_module(_NAME)
+        module.cpu_target()  # JLEBM_CPU_TARGET may ask for what this processor lacks
+    except ImportError as error:  # built for another Python or C++ library
+        return None, f"the compiled module {_NAME} does not load ({error}); {REMEDY}"
+    except RuntimeError as error:
+        return None, str(error)
+    return module, None
+
+
+def unavailable_reason() -> str | None:
+    """Why there are no compiled kernels, with the remedy; None if there are."""
+    return _load()[1]
+
+
+def load() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it is missing; the message names the remedy.
+    """
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module

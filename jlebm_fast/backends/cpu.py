@@ -1,0 +1,212 @@
+"""The four operations on the CPU: SIMD kernels in C++ (csrc/cpu), one SIMD lane per chain, float32.
+
+Two regimes of an MLP energy, chosen by its widest layer:
+
+    lanes   up to 511 units: the whole chain in one call; weights and activations stay in the core's cache
+    blas    wider: layers through torch's matrix products, batched over chains, with the fused activation and step
+
+Threads are torch's (`torch.set_num_threads`); the result does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import ACTIVATIONS, HEADS, MLP, ChainResult, MLPSpec, Record, Update
+from . import _native, cpu_blas
+
+NAME = "cpu"
+WIDEST_LANES_LAYER = 511
+
+unavailable_reason = _native.unavailable_reason
+
+
+def unsupported_reason(
+    op: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    spec: MLPSpec | None = None,
+    update: Update | None = None,
+) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on CPU tensors, got {device}"
+    if dtype != torch.float32:
+        return f"it computes in float32, got {str(dtype).removeprefix('torch.')}; float64 runs on backend 'eager'"
+    return None
+
+
+def regime(op: str, spec: MLPSpec | None) -> str:
+    target = _native.load().cpu_target()
+    if spec is None or _fits_lanes(spec):
+        return f"lanes ({target} kernels, {torch.get_num_threads()} threads)"
+    return f"blas (a layer is wider than {WIDEST_LANES_LAYER}; torch's matrix products, {target} kernels around them)"
+
+
+def build() -> str:
+    """Compiler, chosen and possible targets, thread runtime."""
+    native = _native.load()
+    return (
+        f"{native.compiler}, target {native.cpu_target()} (of {native.cpu_targets()}), "
+        f"threads by {native.thread_runtime()}"
+    )
+
+
+def _fits_lanes(spec: MLPSpec) -> bool:
+    return max(spec.widths) <= WIDEST_LANES_LAYER
+
+
+def langevin_noise(
+    noise_key: int,
+    n_steps: int,
+    chains: int,
+    dim: int,
+    *,
+    first_step: int = 0,
+    first_chain: int = 0,
+    stream: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The noise field eps [n_steps, chains, dim] of the noise contract."""
+    out = torch.empty((n_steps, chains, dim), dtype=dtype, device=device)
+    if out.numel():
+        _native.load().cpu_langevin_noise(
+            noise_key=noise_key,
+            first_step=first_step,
+            first_chain=first_chain,
+            stream=stream,
+            n_steps=n_steps,
+            chains=chains,
+            dim=dim,
+            out=out.data_ptr(),
+            n_threads=torch.get_num_threads(),
+        )
+    return out
+
+
+def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor:
+    """One update of z [chains, dim] with a given gradient [chains, dim]."""
+    out = torch.empty_like(z)
+    if out.numel():
+        with _Addresses() as address:
+            _native.load().cpu_langevin_step(
+                chains=z.shape[0],
+                dim=z.shape[1],
+                z=address(z),
+                grad=address(grad),
+                update=_update_fields(update, address),
+                out=out.data_ptr(),
+                n_threads=torch.get_num_threads(),
+            )
+    return out
+
+
+def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor]:
+    """f(z) [chains] and its gradient [chains, dim]."""
+    if not _fits_lanes(mlp.spec):
+        return cpu_blas.mlp_energy_grad(z, mlp)
+    energy, grad = z.new_empty(z.shape[0]), torch.empty_like(z)
+    if energy.numel():
+        with _Addresses() as address:
+            _native.load().cpu_mlp_energy_grad(
+                chains=z.shape[0],
+                z=address(z),
+                mlp=_mlp_fields(mlp, address),
+                energy=energy.data_ptr(),
+                grad=grad.data_ptr(),
+                n_threads=torch.get_num_threads(),
+            )
+    return energy, grad
+
+
+def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:
+    """n_steps updates with the MLP's own gradient."""
+    chains, dim = z.shape
+    n_kept = n_steps // record.thin
+    energy = grad_norm = displacement = first_bad_step = trajectory = None
+    if record.diagnostics:
+        energy, grad_norm, displacement = (z.new_empty(n_kept, chains) for _ in range(3))
+        first_bad_step = torch.full((chains,), -1, dtype=torch.int64)
+    if record.trajectory:
+        trajectory = z.new_empty(n_kept, chains, dim)
+    result = ChainResult(torch.empty_like(z), energy, grad_norm, displacement, first_bad_step, trajectory)
+    if chains == 0:
+        return result
+    if not _fits_lanes(mlp.spec):
+        cpu_blas.mlp_langevin_chain(z, mlp, update, n_steps, record, result, langevin_step)
+        return result
+    with _Addresses() as address:
+        _native.load().cpu_mlp_langevin_chain(
+            chains=chains,
+            n_steps=n_steps,
+            z=address(z),
+            mlp=_mlp_fields(mlp, address),
+            update=_update_fields(update, address),
+            record=(record.thin, *(address(t) for t in result[1:])),
+            out=result.z.data_ptr(),
+            n_threads=torch.get_num_threads(),
+        )
+    return result
+
+
+class _Addresses:
+    """Addresses of tensors as integers, 0 for None; keeps what it had to copy alive until the kernel has returned."""
+
+    def __enter__(self) -> _Addresses:
+        self._alive: list[Tensor] = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._alive.clear()
+
+    def __call__(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            self._alive.append(tensor)
+        return tensor.data_ptr()
+
+
+_ACTIVATION_CODE = {name: code for code, name in enumerate(ACTIVATIONS)}
+_HEAD_CODE = {name: code for code, name in enumerate(HEADS)}
+
+
+def _mlp_fields(mlp: MLP, address: _Addresses) -> tuple:
+    spec = mlp.spec
+    return (
+        spec.widths,
+        [_ACTIVATION_CODE[name] for name in spec.activations],
+        spec.activation_params,
+        _HEAD_CODE[spec.head],
+        spec.out_scale,
+        [address(weight) for weight in mlp.weights],
+        [address(bias) for bias in mlp.biases],
+        address(mlp.context_bias),
+        address(mlp.logit),
+    )
+
+
+def _update_fields(update: Update, address: _Addresses) -> tuple:
+    return (
+        address(update.step_coefficients),
+        address(update.chain_coefficients),
+        address(update.prior_mean),
+        _chain_stride(update.prior_mean),
+        address(update.prior_precision),
+        _chain_stride(update.prior_precision),
+        address(update.frozen),
+        _chain_stride(update.frozen),
+        address(update.noise),
+        address(update.extra_grad),
+        update.noise_key,
+        update.first_step,
+        update.first_chain,
+    )
+
+
+def _chain_stride(per_dim_or_chain: Tensor | None) -> int:
+    """Elements from one chain's row to the next; 0 for one row that all chains share."""
+    return per_dim_or_chain.shape[1] if per_dim_or_chain is not None and per_dim_or_chain.dim() == 2 else 0
