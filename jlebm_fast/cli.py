@@ -77,14 +77,16 @@ def _run(arguments: list[str]) -> int:
             COMMANDS, prog="jlebm", description=__doc__.strip(), args=arguments, config=config
         )
 
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    config = (tyro.conf.OmitArgPrefixes,)
     command = _parsed(parse)
     if not dataclasses.is_dataclass(command):
-        return USAGE_ERROR if command is None else int(command)
+        return int(command)
     if getattr(command, "resume", False):
         # Options that are not given keep the run's own values: parse again with those as the defaults.
         saved = dataclasses.replace(command, training=_saved_options(command.run))
         command = _parsed(lambda: parse(saved))
+        if not dataclasses.is_dataclass(command):
+            return int(command)
         _require_unchanged(saved.training, command.training)
     return command.execute()
 

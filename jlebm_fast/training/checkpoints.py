@@ -72,7 +72,7 @@ def load_checkpoint(path: pathlib.Path, device: torch.device | str = "cpu") -> d
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
             skeleton = json.loads((file.metadata() or {})["state"])
         state = _put_tensors(skeleton, tensors)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f'"{path}" is not a readable checkpoint: {reason}') from error
     if not isinstance(state, dict):

@@ -29,8 +29,8 @@ class Train:
     """Go on with the run that is in the folder, bit for bit as if it had never stopped."""
     overwrite: bool = False
     """Replace the run that is in the folder."""
-    no_figures: bool = False
-    """Draw no figures when training is done."""
+    figures: bool = True
+    """Draw the figures when training is done."""
     training: TrainOptions = dataclasses.field(default_factory=TrainOptions)
 
     def execute(self) -> int:
@@ -39,7 +39,7 @@ class Train:
 
         folder = train(self.run, self.training, resume=self.resume, overwrite=self.overwrite)
         print(folder.checkpoint)
-        if not self.no_figures:
+        if self.figures:
             _print_paths(make_figures(folder.path, seed=self.training.seed, device=self.training.device))
         return 0
 

@@ -1,0 +1,177 @@
+"""The command line from outside: help, work, and one clear sentence for every wrong input."""
+
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import TINY, write_folder
+
+TRAIN = ["--steps", "3", "--spectral-norm", "--no-figures", "--device", "cpu", *TINY]
+
+
+@pytest.fixture(scope="module")
+def trained(folder_of_shapes, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    command = [sys.executable, "-m", "jlebm_fast", "train", run, "--data", folder_of_shapes, *TRAIN]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return run
+
+
+def assert_one_sentence(process, words, codes=(1, 2)):
+    assert process.returncode in codes, process.stderr
+    assert "Traceback" not in process.stderr
+    said = [line for line in process.stderr.splitlines() if line.strip()]
+    assert len(said) == 1, process.stderr
+    assert said[0].startswith("jlebm: ")
+    assert words in said[0]
+
+
+def test_help_lists_commands_and_defaults(jlebm):
+    commands = jlebm("--help")
+    assert commands.returncode == 0
+    for name in ("train", "sample", "figures", "evaluate", "bench", "verify", "info"):
+        assert name in commands.stdout
+    options = jlebm("train", "--help")
+    assert options.returncode == 0
+    for words in ("--latent-dims", "(default: 4 6 10)", "--chain-steps", "(default: digits)", "--resume"):
+        assert words in options.stdout
+
+
+def test_a_run_can_be_sampled_and_shown(jlebm, trained):
+    sampled = jlebm("sample", trained, "-n", "1234")
+    assert sampled.returncode == 0, sampled.stderr
+    with np.load(trained / "samples" / "samples.npz") as samples:
+        assert samples["images"].shape == (1234, 16, 16)
+    info = jlebm("info", trained)
+    assert info.returncode == 0, info.stderr
+    assert "eager" in info.stdout
+    assert "prior ebm" in info.stdout
+
+
+def test_resume_keeps_the_options_of_the_run(jlebm, trained, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in ("config.json", "metrics.jsonl", "checkpoint.safetensors"):
+        (copy / file).write_bytes((trained / file).read_bytes())
+    more = jlebm("train", copy, "--resume", "--steps", "5", "--no-figures")
+    assert more.returncode == 0, more.stderr
+    config = json.loads((copy / "config.json").read_text())
+    assert config["options"]["steps"] == 5
+    assert config["options"]["width"] == 4
+    assert config["options"]["spectral_norm"] is True
+    assert_one_sentence(jlebm("train", copy, "--resume", "--width", "8"), "--resume cannot change --width from 4 to 8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "RUN", "--foo", "3"], "--foo"),
+        (["train", "RUN", "--steps", "many"], "--steps"),
+        (["train", "RUN", "--steps", "0"], "--steps must be a positive integer, got 0"),
+        (["train", "RUN", "--prior", "laplace"], "--prior"),
+        (["train", "RUN", "--step-size", "nan"], "--step-size must be positive and finite"),
+        (["train", "RUN", "--image-size", "20"], "--image-size must be 8, 16, 32"),
+        (["train", "RUN", "--data", "nowhere"], 'no such file or folder: "nowhere"'),
+        (["train", "RUN", "--resume"], "no run folder at"),
+        (["train", "RUN", "--data", "FOLDER", "--batch-size", "37"], "--batch-size 37 needs at least"),
+        (["train", "RUN", "--data", "mnist"], 'cannot download "mnist"'),
+        (["train", "RUN", "--device", "cuda"], "no CUDA GPU"),
+        (["paint"], "paint"),
+        ([], "train, sample, figures"),
+        (["sample"], "Run folder"),
+        (["sample", "nowhere"], 'no run folder at "nowhere"'),
+        (["sample", "TRAINED", "-n", "0"], "-n must be a positive"),
+        (["figures", "EMPTY"], "is not a run folder"),
+        (["evaluate", "nowhere"], 'no run folder at "nowhere"'),
+        (["verify", "nowhere"], 'no run folder at "nowhere"'),
+        (["info", "nowhere"], 'no run folder at "nowhere"'),
+        (["train", "TRAINED", "--data", "FOLDER"], "already holds a run"),
+        (["train", "FILE/run"], "Not a directory"),
+    ],
+)
+def test_wrong_input_is_one_sentence(jlebm, trained, folder_of_shapes, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    places = {"RUN": tmp_path / "run", "FOLDER": folder_of_shapes, "TRAINED": trained, "EMPTY": tmp_path / "empty"}
+    places["FILE/run"] = tmp_path / "file" / "run"
+    assert_one_sentence(jlebm(*[places.get(a, a) for a in arguments]), words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_input_ends_a_process_with_one_sentence(jlebm_process, tmp_path):
+    assert_one_sentence(jlebm_process("train", tmp_path / "run", "--foo", "3"), "--foo", codes=(2,))
+    assert_one_sentence(jlebm_process("train", tmp_path / "run", "--data", tmp_path / "no"), "no such file", codes=(1,))
+
+
+def test_broken_images_are_one_sentence(jlebm, tmp_path):
+    images = write_folder(tmp_path / "images", 4, classes=False)
+    (images / "zz.png").write_bytes(b"")
+    assert_one_sentence(jlebm("train", tmp_path / "run", "--data", images), "zz.png is an empty image file")
+    (images / "zz.png").write_bytes(b"\x89PNG\r\n\x1a\n garbage")
+    assert_one_sentence(jlebm("train", tmp_path / "run", "--data", images), "zz.png")
+
+
+def test_runs_of_another_model_are_one_sentence(jlebm, trained, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint.safetensors").write_bytes((trained / "checkpoint.safetensors").read_bytes())
+    config = json.loads((trained / "config.json").read_text())
+
+    def sample_with(**changes):
+        (run / "config.json").write_text(json.dumps(config | changes))
+        return jlebm("sample", run)
+
+    assert_one_sentence(sample_with(model="diffusion"), 'holds a run of model "diffusion"')
+    assert_one_sentence(sample_with(format=99), "format 1")
+    assert_one_sentence(sample_with(options=config["options"] | {"latent_dims": [2, 4]}), "belongs to another model")
+    assert_one_sentence(sample_with(options={"spoon": 1}), "does not fit")
+    (run / "config.json").write_text("{")
+    assert_one_sentence(jlebm("sample", run), "not readable JSON")
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "checkpoint.safetensors").unlink()
+    assert_one_sentence(jlebm("sample", run), "no checkpoint yet")
+
+
+def test_a_run_folder_from_a_stranger_runs_no_code(jlebm, trained, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_bytes((trained / "config.json").read_bytes())
+
+    class Exploit:
+        def __reduce__(self):
+            return (pathlib.Path.touch, (tmp_path / "owned",))
+
+    (run / "checkpoint.safetensors").write_bytes(pickle.dumps(Exploit()))
+    assert_one_sentence(jlebm("sample", run), "not a readable checkpoint")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_divergence_is_one_sentence_and_loses_nothing(jlebm, jlebm_process, folder_of_shapes, tmp_path):
+    arguments = [*TRAIN, "--steps", "50", "--autoencoder-lr", "1e12", "--data", folder_of_shapes]
+    process = jlebm_process("train", tmp_path / "run", *arguments)
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    assert "jlebm: training diverged at step" in process.stderr.splitlines()[-1]
+    assert jlebm("sample", tmp_path / "run", "-n", "3").returncode == 0
+
+
+def test_missing_extras_are_named_with_their_remedy():
+    blocked = "import sys; sys.modules['tyro'] = None; from jlebm_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    for arguments in (["train"], ["info"]):
+        process = subprocess.run([sys.executable, "-c", blocked, *arguments], capture_output=True, text=True)
+        assert_one_sentence(process, "pip install 'jlebm_fast[train]'")
+    assert "eager" in process.stdout  # info says what it can
+
+
+def test_the_core_does_not_import_the_extras():
+    code = "import jlebm_fast, sys; print([m for m in ('tyro', 'matplotlib', 'datasets', 'PIL', 'sklearn', "
+    code += "'jlebm_fast.training', 'jlebm_fast.models', 'jlebm_fast.cli') if m in sys.modules])"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"

@@ -1,0 +1,221 @@
+"""Runs: they learn, stop and go on bit for bit, and a diverging one loses nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+from jlebm_fast.training.checkpoints import load_checkpoint
+from jlebm_fast.training.errors import RunError
+from jlebm_fast.training.figures import make_figures
+from jlebm_fast.training.frechet import evaluate
+from jlebm_fast.training.loop import train
+from jlebm_fast.training.options import TrainOptions
+from jlebm_fast.training.run_folder import RunFolder, open_run
+from jlebm_fast.training.samples import sample_run
+
+SMALL = TrainOptions(
+    latent_dims=(2, 3),
+    width=4,
+    energy_hidden=8,
+    chain_steps=3,
+    batch_size=8,
+    steps=30,
+    log_every=4,
+    checkpoint_every=7,
+    device="cpu",
+)
+
+
+def small_options(folder, **changes):
+    return dataclasses.replace(SMALL, data=str(folder), **changes)
+
+
+def flat(state, name=""):
+    """Every leaf of a checkpoint by its path."""
+    if isinstance(state, dict):
+        return {k: v for key in state for k, v in flat(state[key], f"{name}.{key}").items()}
+    if isinstance(state, list):
+        return {k: v for i, value in enumerate(state) for k, v in flat(value, f"{name}.{i}").items()}
+    return {name: state}
+
+
+def assert_same_run(a, b):
+    """Two run folders hold the same bits, apart from timings (which also change the length of metrics.jsonl)."""
+    first, second = flat(load_checkpoint(a.checkpoint)), flat(load_checkpoint(b.checkpoint))
+    assert first.keys() == second.keys()
+    for name in first.keys() - {".metrics_bytes"}:
+        same = torch.equal(first[name], second[name]) if isinstance(first[name], torch.Tensor) else first[name] == second[name]
+        assert same, name
+    lines = [[line | {"steps_per_second": 0} for line in folder.read_metrics()] for folder in (a, b)]
+    assert lines[0] == lines[1]
+
+
+@pytest.fixture(scope="module")
+def whole_run(folder_of_shapes, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "whole", small_options(folder_of_shapes))
+
+
+def test_a_run_folder_holds_what_it_should(whole_run):
+    assert {p.name for p in whole_run.path.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.safetensors"}
+    lines = whole_run.read_metrics()
+    assert [line["step"] for line in lines] == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert lines[-1]["epoch"] == 7.5
+    assert {"loss", "reconstruction", "kl", "energy_posterior", "energy_prior", "steps_per_second"} <= lines[0].keys()
+    assert lines[-1]["reconstruction"] < lines[0]["reconstruction"]
+    assert load_checkpoint(whole_run.checkpoint)["step"] == 30
+
+
+def test_same_seed_same_bits_other_seed_others(whole_run, folder_of_shapes, tmp_path):
+    assert_same_run(whole_run, train(tmp_path / "again", small_options(folder_of_shapes)))
+    other = train(tmp_path / "other", small_options(folder_of_shapes, seed=1))
+    assert other.read_metrics()[0]["loss"] != whole_run.read_metrics()[0]["loss"]
+
+
+def test_stopping_anywhere_changes_nothing(whole_run, folder_of_shapes, tmp_path, monkeypatch):
+    """Dies after steps 3, 7, 11, … (before, at and after checkpoints), each time goes on from the last checkpoint."""
+    from jlebm_fast.training import loop
+
+    class Death(BaseException):
+        pass
+
+    advance, steps_left = loop.Trainer.advance, 0
+
+    def mortal_advance(trainer):
+        nonlocal steps_left
+        if steps_left == 0:
+            raise Death
+        steps_left -= 1
+        return advance(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "advance", mortal_advance)
+    options, resume, deaths = small_options(folder_of_shapes), False, 0
+    for lifetime in (0, 3, 7, 11, 1, 15, 30):
+        steps_left = lifetime
+        try:
+            run = train(tmp_path / "run", options, resume=resume)
+        except Death:
+            deaths += 1
+        resume = True
+    assert deaths == 6
+    assert_same_run(whole_run, run)
+
+
+def test_killed_runs_go_on_bit_for_bit(folder_of_shapes, tmp_path):
+    """SIGKILL at moments that nobody chose; the process that goes on is a new one."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = [*TINY, "--data", str(folder_of_shapes), "--steps", "600", "--log-every", "5", "--checkpoint-every", "3"]
+
+    def start(name, *more):
+        command = [sys.executable, "-m", "jlebm_fast", "train", str(tmp_path / name), *arguments, *more, "--no-figures"]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    whole = start("whole")
+    killed, kills = start("killed"), 0
+    for step in (100, 350):
+        while killed.poll() is None and not _reached(tmp_path / "killed", step):
+            time.sleep(0.01)
+        if killed.poll() is None:
+            kills += 1
+            killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        killed = start("killed", "--resume")
+    assert killed.wait(timeout=100) == 0, killed.stderr.read()
+    assert whole.wait(timeout=100) == 0, whole.stderr.read()
+    assert kills > 0, "the run ended before it could be killed"
+    assert_same_run(RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed"))
+
+
+def _reached(run, step):
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []
+    return bool(lines) and json.loads(lines[-1])["step"] >= step
+
+
+def test_a_polite_stop_saves_first(whole_run, folder_of_shapes, tmp_path, monkeypatch):
+    from jlebm_fast.training import loop
+
+    advance = loop.Trainer.advance
+
+    def interrupted_advance(trainer):
+        if trainer.step == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "advance", interrupted_advance)
+        with pytest.raises(RunError, match=r"stopped after step 17; .*--resume"):
+            train(tmp_path / "run", small_options(folder_of_shapes))
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")["step"] == 17
+    assert_same_run(whole_run, train(tmp_path / "run", small_options(folder_of_shapes), resume=True))
+
+
+def test_a_longer_run_starts_with_the_shorter_one(whole_run, folder_of_shapes, tmp_path):
+    train(tmp_path / "run", small_options(folder_of_shapes, steps=12))
+    assert_same_run(whole_run, train(tmp_path / "run", small_options(folder_of_shapes), resume=True))
+
+
+def test_divergence_keeps_the_last_good_checkpoint(folder_of_shapes, tmp_path):
+    with pytest.raises(RunError, match=r"training diverged at step \d+: .*; the last good checkpoint is kept in"):
+        train(tmp_path / "run", small_options(folder_of_shapes, autoencoder_lr=1e12, checkpoint_every=1))
+    _, _, model = open_run(tmp_path / "run", "cpu")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_other_images_cannot_go_on(folder_of_shapes, tmp_path):
+    images = tmp_path / "images"
+    for i in range(10):
+        images.mkdir(exist_ok=True)
+        Image.new("L", (16, 16), 20 * i).save(images / f"{i}.png")
+    train(tmp_path / "run", small_options(images, steps=1))
+    Image.new("L", (16, 16), 255).save(images / "0.png")
+    Image.new("L", (16, 16), 254).save(images / "1.png")
+    with pytest.raises(RunError, match="not those that"):
+        train(tmp_path / "run", small_options(images, steps=2), resume=True)
+
+
+def test_overwriting_must_be_asked_for(folder_of_shapes, tmp_path):
+    train(tmp_path / "run", small_options(folder_of_shapes, steps=2))
+    with pytest.raises(RunError, match="already holds a run"):
+        train(tmp_path / "run", small_options(folder_of_shapes, steps=2))
+    train(tmp_path / "run", small_options(folder_of_shapes, steps=3, seed=5), overwrite=True)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")["step"] == 3
+
+
+@pytest.mark.parametrize("prior", ["ebm", "gaussian"])
+def test_figures_samples_and_evaluation(folder_of_shapes, tmp_path, prior, monkeypatch):
+    from jlebm_fast.training import figures, frechet
+
+    monkeypatch.setattr(figures, "LONG_CHAIN_STEPS", 200)
+    monkeypatch.setattr(frechet, "CLASSIFIER_STEPS", 30)
+    run = train(tmp_path / "run", small_options(folder_of_shapes, prior=prior)).path
+    names = {"samples", "reconstructions", "layers_swapped", "traverse", "learning"}
+    names |= {"layers_masked", "long_chain"} if prior == "ebm" else set()
+    assert {p.stem for p in make_figures(run, device="cpu")} == names
+    for name in names:
+        with Image.open(run / "figures" / f"{name}.png") as figure:
+            figure.load()
+            assert min(figure.size) > 100
+
+    import numpy as np
+
+    sample_run(run, 30, seed=3, device="cpu", png_files=True)
+    with np.load(run / "samples" / "samples.npz") as first:
+        assert first["images"].shape == (30, 16, 16)
+        assert first["z"].shape == (30, 5)
+        latents = first["z"]
+    assert len(list((run / "samples" / "png").iterdir())) == 30
+    with np.load(sample_run(run, 30, seed=3, device="cpu", out=tmp_path / "elsewhere") / "samples.npz") as again:
+        assert np.array_equal(again["z"], latents)
+
+    result = evaluate(run, 50, device="cpu")
+    assert ("frechet_standard_normal" in result) == (prior == "ebm")
+    assert all(value >= 0 for value in result.values())

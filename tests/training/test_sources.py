@@ -1,0 +1,176 @@
+"""Image sources: what is read, what it becomes, and what is refused."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import shape_pixels, write_folder
+from PIL import Image
+
+from jlebm_fast.training.errors import ImageError
+from jlebm_fast.training.sources import load_images, to_network, to_pixels
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(path, n, image_type="image", label=True):
+    if image_type == "image":
+        column, kind = [{"bytes": png(shape_pixels(i)), "path": None} for i in range(n)], datasets.Image()
+    else:
+        column, kind = [png(shape_pixels(i)) for i in range(n)], datasets.Value("binary")
+    columns, features = {"image": column}, {"image": kind}
+    if label:
+        columns["label"], features["label"] = [i % 2 for i in range(n)], datasets.ClassLabel(2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(path)
+
+
+def test_digits_need_no_download():
+    images = load_images("digits")
+    assert images.train.shape == (1617, 1, 16, 16)
+    assert images.held_out.shape == (180, 1, 16, 16)
+    assert images.train.dtype == torch.uint8
+    assert set(images.held_out_labels.tolist()) == set(range(10))
+    assert images.fingerprint() == load_images("digits").fingerprint()
+
+
+def test_a_folder_with_class_subfolders(folder_of_shapes):
+    images = load_images(str(folder_of_shapes))
+    assert images.train.shape == (36, 1, 16, 16)
+    assert images.held_out.shape == (4, 1, 16, 16)
+    # bars (class 0) touch the top row, squares (class 1) never do
+    touches = images.train[:, 0, 0, :].amax(dim=1) == 255
+    assert torch.equal(touches, images.train_labels == 0)
+
+
+def test_a_folder_with_splits_and_no_classes(tmp_path):
+    write_folder(tmp_path / "train", 6, classes=False)
+    write_folder(tmp_path / "test", 4, classes=False)
+    images = load_images(str(tmp_path))
+    assert (len(images.train), len(images.held_out)) == (6, 4)
+    assert images.train_labels is None
+    assert np.array_equal(images.train[3, 0].numpy(), shape_pixels(3))
+
+
+def test_held_out_only_is_the_held_out_part(folder_of_shapes):
+    whole, part = load_images(str(folder_of_shapes)), load_images(str(folder_of_shapes), held_out_only=True)
+    assert torch.equal(whole.held_out, part.held_out)
+    assert len(part.train) == 0
+
+
+@pytest.mark.parametrize("image_type", ["image", "binary"])
+def test_parquet_files_with_hub_names(tmp_path, image_type):
+    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", 5, image_type)
+    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", 3, image_type)
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", 2, image_type)
+    images = load_images(str(tmp_path))
+    assert (len(images.train), len(images.held_out)) == (8, 2)
+    assert images.train_labels.tolist() == [0, 1, 0, 1, 0, 0, 1, 0]
+    assert np.array_equal(images.train[4, 0].numpy(), shape_pixels(4))
+    assert np.array_equal(images.held_out[1, 0].numpy(), shape_pixels(1))
+
+
+def test_one_parquet_file_without_labels(tmp_path):
+    write_parquet(tmp_path / "all.parquet", 20, label=False)
+    images = load_images(str(tmp_path / "all.parquet"))
+    assert (len(images.train), len(images.held_out)) == (18, 2)
+    assert images.train_labels is None
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(8, 8, 16), (28, 28, 32), (32, 32, 32), (20, 40, 64), (218, 178, 64), (300, 90, 64)]
+)
+def test_sizes_chosen_by_themselves(tmp_path, height, width, expected):
+    for i in range(2):
+        Image.fromarray(np.full((height, width), 100 + i, np.uint8)).save(tmp_path / f"{i}.png")
+    images = load_images(str(tmp_path))
+    assert images.train.shape == (1, 1, expected, expected)
+    assert images.train.unique().tolist() == [100 + (images.train[0, 0, 0, 0] == 101).item()]
+
+
+def test_small_images_are_centred_with_their_edges_repeated(tmp_path):
+    pixels = np.arange(28 * 28, dtype=np.uint16).reshape(28, 28).astype(np.uint8)
+    for i in range(2):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    image = load_images(str(tmp_path)).train[0, 0].numpy()
+    assert np.array_equal(image, np.pad(pixels, 2, mode="edge"))
+
+
+def test_colour_and_grey_become_colour(tmp_path):
+    write_folder(tmp_path, 4, classes=False)
+    Image.fromarray(np.full((16, 16, 3), (10, 20, 30), np.uint8)).save(tmp_path / "colour.png")
+    images = load_images(str(tmp_path))
+    assert images.channels == 3
+
+
+def test_pixels_survive_the_network_range():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    scaled = to_network(pixels)
+    assert (scaled.min().item(), scaled.max().item()) == (-1.0, 1.0)
+    assert torch.equal(to_pixels(scaled), pixels)
+
+
+def test_mixed_sizes_need_a_decision(tmp_path):
+    write_folder(tmp_path, 4, classes=False)
+    Image.fromarray(shape_pixels(0, 20)).save(tmp_path / "zz_other.png")
+    with pytest.raises(ImageError, match=r"16x16 in .*20x20 in .*zz_other.png; pass --image-size"):
+        load_images(str(tmp_path))
+    assert load_images(str(tmp_path), image_size=16).size == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.png", b"", "empty image file"),
+        ("broken.png", png(shape_pixels(0))[:60], "cannot read image"),
+        ("text.jpg", b"not an image at all", "cannot read image"),
+    ],
+)
+def test_unreadable_images_are_named(tmp_path, name, content, message):
+    write_folder(tmp_path, 3, classes=False)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ImageError, match=message) as caught:
+        load_images(str(tmp_path))
+    assert name in str(caught.value)
+
+
+def test_sixteen_bit_images_are_refused(tmp_path):
+    for i in range(2):
+        Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(tmp_path / f"{i}.png")
+    with pytest.raises(ImageError, match="8 bits per channel"):
+        load_images(str(tmp_path))
+
+
+def test_other_bad_sources_are_named(tmp_path):
+    with pytest.raises(ImageError, match="no such file or folder"):
+        load_images(str(tmp_path / "nowhere"))
+    with pytest.raises(ImageError, match="no images in folder"):
+        load_images(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ImageError, match="neither a Parquet file nor a folder"):
+        load_images(str(tmp_path / "notes.txt"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 garbage")
+    with pytest.raises(ImageError, match="cannot read Parquet file"):
+        load_images(str(tmp_path))
+    datasets.Dataset.from_dict({"number": [1, 2]}).to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(ImageError, match="no image column; its columns are number"):
+        load_images(str(tmp_path))
+
+
+def test_a_broken_image_inside_parquet_is_named(tmp_path):
+    rows = [png(shape_pixels(0)), b"junk", png(shape_pixels(1))]
+    datasets.Dataset.from_dict({"image": rows}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ImageError, match=r"cannot read image row 1 of .*train.parquet"):
+        load_images(str(tmp_path))
+
+
+def test_one_image_cannot_be_split(tmp_path):
+    write_folder(tmp_path, 1, classes=False)
+    with pytest.raises(ImageError, match="at least 2"):
+        load_images(str(tmp_path))
