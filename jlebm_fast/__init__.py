@@ -6,10 +6,13 @@
 >>> z = prior([torch.randn(100, d) for d in (2, 2, 2, 10)])
 """
 
+from . import compat
 from .dynamics import GaussianPrior
 from .energy import EnergyMLP
 from .functional import energy_and_grad, langevin_noise, langevin_step
 from .sampler import FastLangevin, LangevinInfo
+from .status import available_backends
+from .verification import verify
 
 __version__ = "0.1.0"
 
@@ -19,7 +22,10 @@ __all__ = [
     "GaussianPrior",
     "LangevinInfo",
     "__version__",
+    "available_backends",
+    "compat",
     "energy_and_grad",
     "langevin_noise",
     "langevin_step",
+    "verify",
 ]

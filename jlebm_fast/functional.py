@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import dynamics, ops
+from . import backends, dynamics, ops
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .latents import flatten_latents, flatten_mask
 from .problem import Update
@@ -178,6 +178,8 @@ def energy_and_grad(
         source = EnergySource(energy)
         mlp = source.mlp(flat, layout, context, y, 1.0)
         if mlp is None:
+            # autograd needs no kernel, but a backend named for another device would be a mistake
+            backends.choose("langevin_step", backend, device=flat.device, dtype=flat.dtype)
             value, grad = AnyEnergy(source.callable(), layout, context, y, 1.0)(flat)
         else:
             value, grad = ops.mlp_energy_grad(flat, mlp, backend=backend)

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import backends
 from .checks import SUPPORTED_DTYPES, check_like, describe, dtype_name
 from .problem import ACTIVATIONS, HEADS, MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
-from .rng import check_noise_key
+from .rng import COUNTER_RANGE, check_noise_key
 
 NOTHING = Record()
 
@@ -90,7 +90,7 @@ def check_count(name: str, value: int) -> None:
 
 
 def check_counter(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < COUNTER_RANGE:
         raise ValueError(f"{name} must be an integer in [0, 2**32), got {value!r}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 KEY_RANGE = 1 << 64
+# steps and chains of the noise field are counted in 32 bits, and wrap
+COUNTER_RANGE = 1 << 32
 
 
 def draw_noise_key(generator: torch.Generator | None = None) -> int:

@@ -180,6 +180,9 @@ class FastLangevin:
             energy    EnergyMLP: 16 -> 50 -> 50 -> 50 -> 50 -> 1, leaky_relu(0.2), head identity
             path      mlp_langevin_chain: all 60 steps in one call
             backend   eager (plain torch, one operation after the other)
+                      not cuda: backend='eager' was asked for
+                      not triton: backend='eager' was asked for
+                      not cpu: backend='eager' was asked for
         """
         with torch.inference_mode(False), torch.no_grad():
             flat, layout = flatten_latents(z)

@@ -19,6 +19,7 @@ from . import ops
 from .checks import describe
 from .latents import LatentLayout
 from .problem import MLP, ChainResult, Record, Update
+from .rng import COUNTER_RANGE
 
 
 @contextlib.contextmanager
@@ -119,7 +120,7 @@ def _one_step(update: Update, step: int, extra_grad: Tensor | None = None) -> Up
     return update._replace(
         step_coefficients=update.step_coefficients[step : step + 1],
         noise=None if update.noise is None else update.noise[step : step + 1],
-        first_step=update.first_step + step,
+        first_step=(update.first_step + step) % COUNTER_RANGE,
         extra_grad=extra_grad,
     )
 

@@ -197,7 +197,9 @@ class Tracer(TorchFunctionMode):
         found = activation_of(name, args, kwargs)
         if found is None:
             return self._unknown(f"{name} is not an operation of an MLP")
-        if len(inputs) != 1 or not label.plain or not label.linears or len(label.post) == len(label.linears):
+        # tanh is odd: the sign passes through
+        fits = label.plain or (found[0] == "tanh" and label.head is None and label.factor == -1.0)
+        if len(inputs) != 1 or not fits or not label.linears or len(label.post) == len(label.linears):
             return self._unknown(f"{name} does not follow a linear layer")
         return label._replace(post=(*label.post, found))
 

@@ -1,8 +1,8 @@
 """The list of backends, and the choice among them: by reasons known before the launch, never after an exception.
 
-A backend is one module with NAME, `unavailable_reason()`, `unsupported_reason(op, …)`, `regime(op, spec)` and the four
-operations `langevin_noise`, `langevin_step`, `mlp_energy_grad`, `mlp_langevin_chain`. To add one: write the module
-`backends/<name>.py`; its place in line stands in `ORDER`. Modules are imported when first asked for.
+A backend is one module with NAME, `unavailable_reason()`, `unsupported_reason(op, …)`, `regime(op, spec)`, `build()`
+and the four operations `langevin_noise`, `langevin_step`, `mlp_energy_grad`, `mlp_langevin_chain`. To add one: write
+the module `backends/<name>.py`; its place in line stands in `ORDER`. Modules are imported when first asked for.
 """
 
 from __future__ import annotations

@@ -45,6 +45,11 @@ def regime(op: str, spec: MLPSpec | None) -> str:
     return "plain torch, one operation after the other"
 
 
+def build() -> str:
+    """What it stands on."""
+    return f"torch {torch.__version__}"
+
+
 langevin_noise = eager_noise.langevin_noise
 
 

@@ -132,9 +132,7 @@ class Verify:
             energy = open_run(self.run, self.device)[2].energy
             if energy is None:
                 raise RunError(f'the run in "{self.run}" has a Gaussian prior: there is no energy to verify')
-        certificate = jf.verify(energy)
-        print(certificate)
-        return 0
+        return 0 if jf.verify(energy).passed else 1
 
 
 @dataclasses.dataclass(frozen=True)

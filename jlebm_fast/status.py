@@ -1,0 +1,62 @@
+"""Which backends are there, on which devices, how they were built, and what to do about those that are missing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import backends
+
+
+class BackendStatus(NamedTuple):
+    """One backend in this process.
+
+    name        "cuda", "triton", "cpu" or "eager"
+    available   whether it can serve calls
+    devices     torch device names it serves
+    build       how it was built, in words
+    reason      why it is missing and what to do about it; None where it is available
+    """
+
+    name: str
+    available: bool
+    devices: tuple[str, ...]
+    build: str
+    reason: str | None
+
+
+class BackendList(tuple[BackendStatus, ...]):
+    """A tuple of BackendStatus that prints as a table."""
+
+    def __str__(self) -> str:
+        lines = []
+        for status in self:
+            text = f"{', '.join(status.devices)}: {status.build}" if status.available else f"missing: {status.reason}"
+            lines.append(f"{status.name:8}{text}")
+        return "\n".join(lines)
+
+
+def available_backends() -> BackendList:
+    """List the backends: devices, build, and for a missing one why it is missing and the remedy.
+
+    Returns:
+        BackendList, a tuple of BackendStatus(name, available, devices, build, reason), fastest first; it prints as a
+        table.
+
+    Example:
+        >>> [status.name for status in available_backends()]
+        ['cuda', 'triton', 'cpu', 'eager']
+        >>> available_backends()[-1].available
+        True
+    """
+    return BackendList(_status(name) for name in backends.NAMES)
+
+
+def _status(name: str) -> BackendStatus:
+    reason = backends.unavailable_reason(name)
+    if reason is not None:
+        return BackendStatus(name, False, (), "", reason)
+    gpus = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+    devices = {"cpu": ("cpu",), "eager": ("cpu", *gpus)}.get(name, gpus)
+    return BackendStatus(name, True, devices, backends.load(name).build(), None)

@@ -1,0 +1,233 @@
+"""A certificate for the user's own energy: every available backend against the float64 oracle and exact laws."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, dynamics, ops
+from .backends import eager
+from .functional import energy_and_grad
+from .latents import LatentLayout, flatten_latents
+from .problem import MLP, MLPSpec, Record, Update
+from .recognition import is_plain_energy_mlp
+from .sampler import FastLangevin, Latents
+from .stepwise import AnyEnergy
+
+# fixed before looking: parity as in the tests, laws at one false alarm in ten thousand per number
+_PARITY_FACTOR, _PARITY_FLOOR = 2.0, 1e-6
+_GRADIENT_TOLERANCE = 1e-4
+_LAW_LEVEL = 1e-4
+_LAW_CHAINS = 4096
+_NOISE_KEY = 0x6A6C65626D5F6A66
+
+
+class Check(NamedTuple):
+    """One line of the certificate: what was checked, on which backend, the outcome, and the numbers behind it."""
+
+    name: str
+    backend: str
+    passed: bool
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What `verify` found.
+
+    explanation   `FastLangevin.explain` of the checked call
+    checks        one Check per line
+    missing       (backend, reason) for every backend that was not tried
+    """
+
+    explanation: str
+    checks: tuple[Check, ...]
+    missing: tuple[tuple[str, str], ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def __str__(self) -> str:
+        lines = [self.explanation]
+        for check in self.checks:
+            lines.append(f"{'ok  ' if check.passed else 'FAIL'} {check.backend:7} {check.name}: {check.detail}")
+        lines += [f"not tried: {name}: {reason}" for name, reason in self.missing]
+        return "\n".join([*lines, "certificate: passed" if self.passed else "certificate: FAILED"])
+
+
+def verify(
+    energy: nn.Module | Callable[..., Tensor] | FastLangevin,
+    z: Latents | None = None,
+    *,
+    show: bool = True,
+) -> Certificate:
+    """Check an energy and every available backend: value and gradient, whole chains, noise bits and laws.
+
+        gradient   value and ∇ against torch.autograd through the energy's own forward
+        parity     a chain with the same noise: error <= 2 · error of plain torch + 1e-6, both against float64
+        noise      eps equal to the oracle in every bit
+        law        f = 0: z_k is Gaussian, v ← (1 − s²/2)² v + s²; mean, variance and Kolmogorov-Smirnov
+
+    Args:
+        energy: EnergyMLP, module or callable, or a FastLangevin, whose settings then hold for the chains
+        z: latents to start from, in the structure that the energy takes; an EnergyMLP needs none
+        show: print the certificate
+
+    Returns:
+        Certificate(explanation, checks, missing), with .passed
+
+    Raises:
+        ValueError: z is missing for an energy that does not tell its latents' widths.
+
+    Example:
+        >>> from jlebm_fast import EnergyMLP
+        >>> certificate = verify(EnergyMLP((2, 10), 50, 2), show=False)
+        >>> certificate.passed
+        True
+
+    Source: layout of the checks after Geweke, "Getting it right", JASA 2004, for samplers with known laws.
+    """
+    sampler = energy if isinstance(energy, FastLangevin) else FastLangevin(energy)
+    net = sampler._source.net
+    if z is None:
+        if not is_plain_energy_mlp(net):
+            raise ValueError("z must be given: latents in the structure that the energy takes, [chains, dim] or a list")
+        weight = net.layers[0].weight
+        z = torch.randn(64, net.spec.dim, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    with torch.inference_mode(False), torch.no_grad():
+        flat, layout = flatten_latents(z)
+        tried, missing = [], []
+        for name in backends.NAMES:
+            reason = backends.reason_against(name, "langevin_step", device=flat.device, dtype=flat.dtype)
+            if reason is None:
+                tried.append(name)
+            else:
+                missing.append((name, reason))
+        checks = []
+        for name in tried:
+            checks += [
+                _gradient_check(sampler, z, flat, layout, name),
+                *_parity_check(sampler, flat, layout, name),
+                _noise_check(flat, name),
+                *_law_checks(sampler, flat, name),
+            ]
+        certificate = Certificate(sampler.explain(z), tuple(checks), tuple(missing))
+    if show:
+        print(certificate)
+    return certificate
+
+
+def _gradient_check(sampler: FastLangevin, z: Latents, flat: Tensor, layout: LatentLayout, name: str) -> Check:
+    value, grad = energy_and_grad(sampler.energy, z, backend=name)
+    expected_value, expected_grad = AnyEnergy(sampler._source.callable(), layout, None, None, 1.0)(flat)
+    error = max(_error(value, expected_value), _error(flatten_latents(grad)[0], expected_grad))
+    return Check(
+        "gradient", name, error <= _GRADIENT_TOLERANCE, f"{error:.1e} from autograd (<= {_GRADIENT_TOLERANCE:.0e})"
+    )
+
+
+def _error(value: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest entry where that exceeds 1; 0 without entries."""
+    if not expected.numel():
+        return 0.0
+    return float((value - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+
+
+def _double(record: MLP | Update) -> MLP | Update:
+    """The record with every floating point tensor in float64."""
+
+    def convert(value: object) -> object:
+        if isinstance(value, tuple) and value and not isinstance(value, MLPSpec):
+            return tuple(convert(entry) for entry in value)
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return type(record)(*(convert(value) for value in record))
+
+
+def _parity_check(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, name: str) -> list[Check]:
+    mlp = sampler._source.mlp(flat, layout, None, None, 1.0 if sampler.maximize else -1.0)
+    if mlp is None or name == "eager":
+        return []
+    reason = backends.reason_against(name, "mlp_langevin_chain", device=flat.device, dtype=flat.dtype, spec=mlp.spec)
+    if reason is not None:
+        return [Check("parity", name, True, f"chains of this energy do not run here: {reason}")]
+    update = sampler._update(flat, layout, None, None, None, _NOISE_KEY, 0, 0)
+    n_steps = sampler.n_steps
+    exact = eager.mlp_langevin_chain(flat.double(), _double(mlp), _double(update), n_steps, Record()).z
+    plain = eager.mlp_langevin_chain(flat, mlp, update, n_steps, Record()).z
+    fused = ops.mlp_langevin_chain(flat, mlp, update, n_steps, backend=name).z
+    bound = _PARITY_FACTOR * _error(plain.double(), exact) + _PARITY_FLOOR
+    error = _error(fused.double(), exact)
+    return [Check("parity", name, error <= bound, f"{n_steps} steps, {error:.1e} from float64 (<= {bound:.1e})")]
+
+
+def _noise_check(flat: Tensor, name: str) -> Check:
+    shape = (3, min(flat.shape[0], 64) + 1, flat.shape[1])
+    options = {"first_step": 7, "first_chain": 5, "device": flat.device, "dtype": flat.dtype}
+    equal = torch.equal(
+        ops.langevin_noise(_NOISE_KEY, *shape, backend=name, **options),
+        eager.langevin_noise(_NOISE_KEY, *shape, **options),
+    )
+    return Check("noise", name, equal, "equal to the oracle in every bit" if equal else "bits differ from the oracle")
+
+
+def _law_checks(sampler: FastLangevin, flat: Tensor, name: str) -> list[Check]:
+    """Chains with f = 0 and the sampler's steps, from 0: mean 0 and a variance known exactly."""
+    if any(isinstance(schedule, Tensor) for schedule in (sampler.step_size, sampler.noise_scale)):
+        return [Check("law", name, True, "not applied: step sizes differ per chain")]
+    dim = flat.shape[1]
+    z = flat.new_zeros(_LAW_CHAINS, dim)
+    rows = dynamics.step_coefficients(sampler.step_size, sampler.noise_scale, sampler.n_steps)
+    coefficients = torch.tensor(rows, dtype=torch.float64).view(sampler.n_steps, 3).to(z.device, z.dtype)
+    update = Update(coefficients, prior_precision=z.new_ones(dim), noise_key=_NOISE_KEY)
+    zeros = (z.new_zeros(1, dim), z.new_zeros(1, 1))
+    mlp = MLP(MLPSpec((dim, 1, 1), ("identity",), (0.0,)), zeros, (None, None))
+    if backends.reason_against(name, "mlp_langevin_chain", device=z.device, dtype=z.dtype, spec=mlp.spec) is not None:
+        return []
+    sample = ops.mlp_langevin_chain(z, mlp, update, sampler.n_steps, backend=name).z.double()
+    variance = 0.0
+    for _, c_prior, c_noise in rows:
+        variance = (1 - c_prior) ** 2 * variance + c_noise**2
+    if variance == 0.0:
+        return [
+            Check("law", name, bool((sample == 0).all()), "without noise the chain stays where f and prior leave it")
+        ]
+    scaled = sample / math.sqrt(variance)
+    n = scaled.numel()
+    mean_p = _two_sided(float(scaled.mean()) * math.sqrt(n))
+    variance_p = _two_sided((float(scaled.square().mean()) - 1) * math.sqrt(n / 2))
+    ks_p = _kolmogorov_p(scaled.flatten())
+    p = min(mean_p, variance_p, ks_p)
+    return [
+        Check(
+            "law",
+            name,
+            p >= _LAW_LEVEL,
+            f"f = 0, {n} coordinates: p = {mean_p:.2g} (mean), {variance_p:.2g} (variance), {ks_p:.2g} "
+            f"(Kolmogorov-Smirnov), level {_LAW_LEVEL:.0e}",
+        )
+    ]
+
+
+def _two_sided(score: float) -> float:
+    """P(|N(0, 1)| >= |score|)."""
+    return math.erfc(abs(score) / math.sqrt(2))
+
+
+def _kolmogorov_p(sample: Tensor) -> float:
+    """Asymptotic p-value of the Kolmogorov-Smirnov distance between a sample and N(0, 1)."""
+    ordered = sample.sort().values
+    n = ordered.numel()
+    cdf = 0.5 * torch.erfc(-ordered / math.sqrt(2))
+    steps = torch.arange(n + 1, device=ordered.device, dtype=ordered.dtype) / n
+    distance = float(torch.maximum((steps[1:] - cdf).abs().max(), (cdf - steps[:-1]).abs().max()))
+    x = distance * (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n))
+    if x < 0.2:
+        return 1.0  # the series converges slowly there, and its sum is 1
+    return min(1.0, max(0.0, 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * x) ** 2) for k in range(1, 101))))
