@@ -6,7 +6,7 @@ BUILD_INPUTS = pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell fi
 .PHONY: demo test bench lint clean
 
 demo: .venv/ready
-	.venv/bin/jlebm train runs/demo
+	.venv/bin/jlebm train runs/demo --overwrite
 
 test: .venv/ready
 	OMP_NUM_THREADS=2 .venv/bin/python -m pytest -n auto

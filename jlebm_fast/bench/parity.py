@@ -43,7 +43,7 @@ class Parity:
     def sentence(self) -> str:
         verdict = "passed" if self.passed else "FAILED"
         errors = f"error {self.error:.1e}, torch float32 {self.error_of_torch:.1e}"
-        return f"parity of {self.op} on {self.backend} {verdict}: error {self.error:.1e}, torch float32 {self.error_of_torch:.1e}"
+        return f"parity of {self.op} on {self.backend} {verdict}: {errors}"
 
 
 def _compare(

@@ -17,7 +17,7 @@ def fma_peak(n_threads: int, seconds: float = 0.3) -> float:
     """
     from jlebm_fast.backends import _native
 
-    return _native.module().fma_peak(n_threads, seconds)
+    return _native.load().fma_peak(n_threads, seconds)
 
 
 def copy_rate(seconds: float = 0.3) -> float:
