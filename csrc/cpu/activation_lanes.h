@@ -55,8 +55,11 @@ JLEBM_INLINE F exp_lanes(F a) {
     return as_float(as_uint(p) + as_uint(s.exponent23));
 }
 
-// exp(a) - 1 with a small relative error near 0
-JLEBM_INLINE F expm1_lanes(F a) {
+struct ExponentialPair {
+    F minus_one, value;  // exp(a) - 1 and exp(a), each with its own small relative error
+};
+
+JLEBM_INLINE ExponentialPair expm1_lanes(F a) {
     a = max_or_nan(splat(-30.0f), min_or_nan(splat(88.0f), a));
     const F magic = splat(12582912.0f);
     const F t = fma(a, splat(1.4426950408889634f), magic);
@@ -70,7 +73,7 @@ JLEBM_INLINE F expm1_lanes(F a) {
     q = fma(q, r, splat(0.4999999701976776f));
     const F p = fma(r * r, q, r);
     const F scale = as_float((as_uint(t) << 23) + 0x3f800000u);
-    return fma(scale, p, scale - 1.0f);
+    return {fma(scale, p, scale - 1.0f), fma(scale, p, scale)};
 }
 
 // ln(1 + t) for t in [0, 1]: 2 atanh(t / (2 + t))
@@ -103,9 +106,11 @@ JLEBM_INLINE F copysign_lanes(F magnitude, F sign) {
     return as_float((as_uint(magnitude) & 0x7fffffffu) | (as_uint(sign) & 0x80000000u));
 }
 
-JLEBM_INLINE F tanh_lanes(F a) {
-    const F e = expm1_lanes(abs(a) * -2.0f);  // in (-1, 0]
-    return copysign_lanes(-e / (e + 2.0f), a);
+// h = tanh a, d = 1 - tanh^2 a without the cancellation: with e = exp(-2 |a|), 4 e / (1 + e)^2
+JLEBM_INLINE ValueSlope tanh_lanes(F a) {
+    const ExponentialPair e = expm1_lanes(abs(a) * -2.0f);
+    const F q = 1.0f / (e.minus_one + 2.0f);
+    return {copysign_lanes(e.minus_one * q, a), e.value * (q + q) * (q + q)};
 }
 
 JLEBM_INLINE F softplus_lanes(F a) {  // beta = 1
@@ -144,31 +149,32 @@ JLEBM_INLINE ValueSlope activate(F a, F param) {
         return gelu_lanes(a);
     } else if constexpr (kActivation == Activation::kGeluTanh) {
         const F a2 = a * a;
-        const F th = tanh_lanes(a * fma(a2, splat(0.044715f * 0.7978845608028654f), splat(0.7978845608028654f)));
-        const F half = fma(th, splat(0.5f), splat(0.5f));
+        const ValueSlope th = tanh_lanes(a * fma(a2, splat(0.044715f * 0.7978845608028654f), splat(0.7978845608028654f)));
+        const F half = fma(th.h, splat(0.5f), splat(0.5f));
         const F inner = fma(a2, splat(3.0f * 0.044715f * 0.7978845608028654f), splat(0.7978845608028654f));
-        const F slope = (1.0f - th * th) * inner;
+        const F slope = th.d * inner;
         return {a * half, fma(a * 0.5f, slope, half)};
     } else if constexpr (kActivation == Activation::kSilu) {
-        const F s = sigmoid_lanes(a);
+        const F e = exp_lanes(-a);
+        const F s = 1.0f / (1.0f + e);
         const F h = a * s;
-        return {h, fma(h, 1.0f - s, s)};
+        return {h, fma(h, e * s, s)};  // 1 - s = e s without the cancellation
     } else if constexpr (kActivation == Activation::kMish) {
         // tanh(ln(1 + e)) = n / (n + 2), n = e (e + 2); beyond 20 it is 1 in float32
         const F e = exp_lanes(min_or_nan(splat(20.0f), a));
         const F n = e * (e + 2.0f);
-        const F th = n / (n + 2.0f);
+        const F q = 1.0f / (n + 2.0f);
+        const F th = n * q;
         const F s = e / (e + 1.0f);
-        return {a * th, fma(a * s, 1.0f - th * th, th)};
+        return {a * th, fma(a * s, (n + 1.0f) * (q + q) * (q + q), th)};  // 1 - th^2 = 4 (n + 1) / (n + 2)^2
     } else if constexpr (kActivation == Activation::kTanh) {
-        const F th = tanh_lanes(a);
-        return {th, 1.0f - th * th};
+        return tanh_lanes(a);
     } else if constexpr (kActivation == Activation::kSoftplus) {
         const F y = a * param;
         return {softplus_lanes(y) / param, sigmoid_lanes(y)};
     } else {
         static_assert(kActivation == Activation::kElu);
-        const F e = expm1_lanes(min_or_nan(splat(0.0f), a)) * param;
+        const F e = expm1_lanes(min_or_nan(splat(0.0f), a)).minus_one * param;
         return {a > 0.0f ? a : e, a > 0.0f ? splat(1.0f) : e + param};
     }
 }

@@ -215,9 +215,9 @@ inline void apply_head(const MlpParams& mlp, float* logits, const I* chosen, F* 
                 store(at, scale);
                 break;
             case Head::kTanh: {
-                const F th = tanh_lanes(a);
-                energy[v] = th * scale;
-                store(at, (1.0f - th * th) * scale);
+                const ValueSlope th = tanh_lanes(a);
+                energy[v] = th.h * scale;
+                store(at, th.d * scale);
                 break;
             }
             case Head::kSigmoid: {

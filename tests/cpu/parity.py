@@ -1,0 +1,98 @@
+"""Random problems for the CPU kernels, the float64 oracle, and the accuracy rule.
+
+    error(kernel) <= 2 * error(plain torch in float32) + 1e-6, both against the oracle in float64
+"""
+
+from __future__ import annotations
+
+import torch
+
+from jlebm_fast.backends import cpu, eager
+from jlebm_fast.problem import MLP, MLPSpec, Record, Update
+
+PARAMETER = {"leaky_relu": 0.2, "elu": 0.9, "softplus": 1.3}
+
+
+def random_mlp(widths, activation="leaky_relu", head="identity", seed=0, chains=None, context=False, out_scale=1.0, parameter=None):
+    g = torch.Generator().manual_seed(seed)
+    parameter = PARAMETER.get(activation, 0.0) if parameter is None else parameter
+    n_hidden = len(widths) - 2
+    spec = MLPSpec(tuple(widths), (activation,) * n_hidden, (parameter,) * n_hidden, head, out_scale)
+    weights = tuple(torch.randn(b, a, generator=g) * (1.5 / a) ** 0.5 for a, b in zip(widths, widths[1:]))
+    biases = tuple(torch.randn(b, generator=g) * 0.3 for b in widths[1:])
+    context_bias = torch.randn(chains, widths[1], generator=g) if context else None
+    logit = torch.randint(0, widths[-1], (chains,), generator=g) if head == "logit" else None
+    return MLP(spec, weights, biases, context_bias, logit)
+
+
+def double(record):
+    """The same record in float64."""
+    changed = {}
+    for name, value in record._asdict().items():
+        if isinstance(value, tuple):
+            changed[name] = tuple(v.double() if isinstance(v, torch.Tensor) else v for v in value)
+        elif isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+            changed[name] = value.double()
+    return record._replace(**changed)
+
+
+def step_coefficients(n_steps, s=0.3, noise_scale=1.0, sign=1.0):
+    return torch.tensor([[sign * s * s / 2, s * s / 2, s * noise_scale]]).repeat(n_steps, 1)
+
+
+def assert_close(ours, plain, oracle, what):
+    if oracle.numel() == 0:
+        assert ours.shape == oracle.shape
+        return
+    error = (ours.double() - oracle).abs().max().item()
+    allowed = 2 * (plain.double() - oracle).abs().max().item() + 1e-6 * max(1.0, oracle.abs().max().item())
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_energy_grad(z, mlp):
+    for ours, plain, oracle, what in zip(
+        cpu.mlp_energy_grad(z, mlp),
+        eager.mlp_energy_grad(z, mlp),
+        eager.mlp_energy_grad(z.double(), double(mlp)),
+        ("energy", "gradient"),
+        strict=True,
+    ):
+        assert_close(ours, plain, oracle, what)
+
+
+def check_chain(z, mlp, update, n_steps, record=Record(diagnostics=True, trajectory=True)):
+    before = z.clone()
+    ours = cpu.mlp_langevin_chain(z, mlp, update, n_steps, record)
+    assert torch.equal(z, before), "the input was changed"
+    # noise from outside in the oracle: the float32 normals themselves, so that only the arithmetic differs
+    noise = update.noise
+    if noise is None:
+        noise = eager.langevin_noise(
+            update.noise_key, n_steps, *z.shape, first_step=update.first_step, first_chain=update.first_chain
+        )
+    given = update._replace(noise=noise)
+    plain = eager.mlp_langevin_chain(z, mlp, given, n_steps, record)
+    oracle = eager.mlp_langevin_chain(z.double(), double(mlp), double(given), n_steps, record)
+    for name in ("z", "energy", "grad_norm", "displacement", "trajectory"):
+        if getattr(oracle, name) is not None:
+            assert_close(getattr(ours, name), getattr(plain, name), getattr(oracle, name), name)
+    if oracle.first_bad_step is not None:
+        assert torch.equal(ours.first_bad_step, oracle.first_bad_step)
+    return ours
+
+
+def main():
+    """A short pass over every activation and head, for the target that JLEBM_CPU_TARGET names."""
+    g = torch.Generator().manual_seed(1)
+    z = torch.randn(37, 10, generator=g)
+    for activation in ("identity", "leaky_relu", "relu", "gelu", "gelu_tanh", "silu", "mish", "tanh", "softplus", "elu"):
+        check_energy_grad(z, random_mlp((10, 23, 17, 1), activation))
+        check_chain(z, random_mlp((10, 23, 17, 1), activation), Update(step_coefficients(5), noise_key=3), 5)
+    for head in ("tanh", "sigmoid", "softplus"):
+        check_energy_grad(z, random_mlp((10, 8, 1), "silu", head, out_scale=-2.0))
+    for head in ("logsumexp", "logit"):
+        check_energy_grad(z, random_mlp((10, 9, 5), "gelu", head, chains=37, context=True))
+
+
+if __name__ == "__main__":
+    main()
