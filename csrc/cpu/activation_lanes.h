@@ -26,9 +26,9 @@ JLEBM_INLINE ExponentFraction split_exponent(F u) {
     return {u - (t - magic), as_int(as_uint(t) << 23)};
 }
 
-// 2^u, relative error 1.3e-7, u clamped to [-126, 127.9]
-JLEBM_INLINE F exp2_lanes(F u) {
-    u = max_or_nan(splat(-126.0f), min_or_nan(splat(127.9f), u));
+// 2^u for u <= 0 (below -126: 2^-126), relative error 1.3e-7
+JLEBM_INLINE F exp2_of_negative(F u) {
+    u = max_or_nan(splat(-126.0f), u);
     const ExponentFraction s = split_exponent(u);
     F p = splat(0.001327647129073739f);
     p = fma(p, s.fraction, splat(0.009675540961325169f));
@@ -122,7 +122,7 @@ JLEBM_INLINE F softplus_lanes(F a) {  // beta = 1
 // Abramowitz and Stegun 7.1.26, coefficients fitted here); both signs of a then need no branch.
 JLEBM_INLINE ValueSlope gelu_lanes(F a) {
     const F t = abs(a);
-    const F e = exp2_lanes((t * -0.7213475204444817f) * t);
+    const F e = exp2_of_negative((t * -0.7213475204444817f) * t);
     const F q = reciprocal(fma(t, splat(0.32f), splat(1.0f)));
     F p = splat(-0.12887254357337952f);
     p = fma(p, q, splat(0.49190276861190796f));

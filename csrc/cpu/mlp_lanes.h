@@ -39,6 +39,9 @@ struct PackedLayer {
     const float* bias;     // [n_out] or null
 };
 
+constexpr int kTilePad = 16;  // floats a packed layer may write beyond its end
+static_assert(kTile <= kTilePad, "a copy of kTilePad floats must cover a row of a tile");
+
 // out(j) = sum_k weight(j, k) in(k), weight(j, k) = w[j * stride_out + k * stride_in]
 inline PackedLayer pack_layer(float* to, const float* w, int n_out, int n_in, int64_t stride_out, int64_t stride_in,
                               const float* bias) {
@@ -47,8 +50,14 @@ inline PackedLayer pack_layer(float* to, const float* w, int n_out, int n_in, in
     for (int t = 0, j0 = 0; t < tiles.count; ++t) {
         const int width = tiles.base + (t < tiles.longer);
         const float* from = w + j0 * stride_out;
-        for (int k = 0; k < n_in; ++k)
-            for (int j = 0; j < width; ++j) *p++ = from[j * stride_out + k * stride_in];
+        for (int k = 0; k < n_in; ++k, p += width) {
+            // rows of consecutive outputs: 16 floats at once, the surplus is overwritten by the next row
+            if (stride_out == 1 && k * stride_in + j0 + kTilePad <= int64_t(n_in) * n_out) {
+                std::memcpy(p, from + k * stride_in, kTilePad * sizeof(float));
+                continue;
+            }
+            for (int j = 0; j < width; ++j) p[j] = from[j * stride_out + k * stride_in];
+        }
         j0 += width;
     }
     return {n_in, n_out, to, bias};
@@ -144,7 +153,7 @@ struct PackedMlp {
 
 inline int64_t packed_floats(const MlpParams& mlp) {
     int64_t n = 0;
-    for (int l = 0; l <= mlp.n_hidden; ++l) n += 2 * (int64_t(mlp.widths[l]) * mlp.widths[l + 1] + kArenaAlign);
+    for (int l = 0; l <= mlp.n_hidden; ++l) n += 2 * (int64_t(mlp.widths[l]) * mlp.widths[l + 1] + kTilePad + kArenaAlign);
     return n;
 }
 
@@ -153,7 +162,7 @@ inline PackedMlp pack_mlp(const MlpParams& mlp, Arena& arena) {
     packed.params = &mlp;
     for (int l = 0; l <= mlp.n_hidden; ++l) {
         const int n_in = mlp.widths[l], n_out = mlp.widths[l + 1];
-        const int64_t size = int64_t(n_in) * n_out;
+        const int64_t size = int64_t(n_in) * n_out + kTilePad;
         packed.forward[l] = pack_layer(arena.take(size), mlp.weights[l], n_out, n_in, n_in, 1, mlp.biases[l]);
         packed.backward[l] = pack_layer(arena.take(size), mlp.weights[l], n_in, n_out, 1, n_in, nullptr);
         if (l < mlp.n_hidden) {

@@ -62,31 +62,38 @@ JLEBM_INLINE F to_float(I v) { return __builtin_convertvector(v, F); }
 JLEBM_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
 
 JLEBM_INLINE F abs(F a) { return as_float(as_uint(a) & 0x7fffffffu); }
-// comparisons with NaN are false: the second operand passes
-JLEBM_INLINE F min_or_nan(F limit, F a) { return limit < a ? limit : a; }
-JLEBM_INLINE F max_or_nan(F limit, F a) { return limit > a ? limit : a; }
-
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
+// the smaller (larger) of two; a NaN in the second operand passes
+JLEBM_INLINE F min_or_nan(F limit, F a) { return (F)_mm512_min_ps((__m512)limit, (__m512)a); }
+JLEBM_INLINE F max_or_nan(F limit, F a) { return (F)_mm512_max_ps((__m512)limit, (__m512)a); }
 JLEBM_INLINE F rn_sqrt(F a) { return (F)_mm512_sqrt_ps((__m512)a); }
 JLEBM_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 JLEBM_INLINE W mul_low32(W a, W b) { return (W)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 JLEBM_INLINE F reciprocal_estimate(F a) { return (F)_mm512_rcp14_ps((__m512)a); }
 #elif defined(__AVX2__)
+JLEBM_INLINE F min_or_nan(F limit, F a) { return (F)_mm256_min_ps((__m256)limit, (__m256)a); }
+JLEBM_INLINE F max_or_nan(F limit, F a) { return (F)_mm256_max_ps((__m256)limit, (__m256)a); }
 JLEBM_INLINE F rn_sqrt(F a) { return (F)_mm256_sqrt_ps((__m256)a); }
 JLEBM_INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 JLEBM_INLINE W mul_low32(W a, W b) { return (W)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 JLEBM_INLINE F reciprocal_estimate(F a) { return (F)_mm256_rcp_ps((__m256)a); }
 #elif defined(__SSE2__)
+JLEBM_INLINE F min_or_nan(F limit, F a) { return (F)_mm_min_ps((__m128)limit, (__m128)a); }
+JLEBM_INLINE F max_or_nan(F limit, F a) { return (F)_mm_max_ps((__m128)limit, (__m128)a); }
 JLEBM_INLINE F rn_sqrt(F a) { return (F)_mm_sqrt_ps((__m128)a); }
 JLEBM_INLINE F fma(F a, F b, F c) { return a * b + c; }
 JLEBM_INLINE W mul_low32(W a, W b) { return (W)_mm_mul_epu32((__m128i)a, (__m128i)b); }
 #elif defined(__ARM_NEON)
+JLEBM_INLINE F min_or_nan(F limit, F a) { return limit < a ? limit : a; }
+JLEBM_INLINE F max_or_nan(F limit, F a) { return limit > a ? limit : a; }
 JLEBM_INLINE F rn_sqrt(F a) { return (F)vsqrtq_f32((float32x4_t)a); }
 JLEBM_INLINE F fma(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 JLEBM_INLINE W mul_low32(W a, W b) {
     return (W)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
 }
 #else
+JLEBM_INLINE F min_or_nan(F limit, F a) { return limit < a ? limit : a; }
+JLEBM_INLINE F max_or_nan(F limit, F a) { return limit > a ? limit : a; }
 JLEBM_INLINE F rn_sqrt(F a) {
     for (int i = 0; i < kLanes; ++i) a[i] = __builtin_sqrtf(a[i]);
     return a;
