@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import backends, dynamics, ops
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .latents import flatten_latents, flatten_mask
+from .modes import chain_mode, device_of
 from .problem import Update
 from .recognition import EnergySource
 from .rng import check_noise_key, draw_noise_key
@@ -115,7 +116,7 @@ def langevin_step(
 
     Source: Cui, Wu, Han, ICCV 2023, eq. 8.
     """
-    with torch.no_grad():
+    with chain_mode(device_of(z)):
         flat, layout = flatten_latents(z)
         flat_grad, grad_layout = flatten_latents(grad)
         if grad_layout.dims != layout.dims:
@@ -173,7 +174,7 @@ def energy_and_grad(
 
     Source: Cui, Wu, Han, ICCV 2023, section 3.2.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with chain_mode(device_of(z)):
         flat, layout = flatten_latents(z)
         source = EnergySource(energy)
         mlp = source.mlp(flat, layout, context, y, 1.0)

@@ -24,6 +24,7 @@ from .backends import eager
 from .checks import SUPPORTED_DTYPES, describe, dtype_name
 from .energy import EnergyMLP
 from .latents import LatentLayout
+from .modes import chain_mode
 from .ops import check_spec
 from .problem import MLP
 from .spectral import top_singular_triple
@@ -206,9 +207,7 @@ def recognise(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognised
     except _FORWARD_ERRORS as error:
         return Unrecognised(f"it cannot be copied to be examined: {error}")
     with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
+        chain_mode(device, gradients=True),
         torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
     ):
         try:

@@ -14,6 +14,7 @@ from .checks import check_like, describe
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .explanation import explain
 from .latents import LatentLayout, flatten_latents, flatten_mask
+from .modes import chain_mode, device_of
 from .problem import ChainResult, Record, Update
 from .recognition import EnergySource
 from .rng import check_noise_key, draw_noise_key
@@ -153,8 +154,7 @@ class FastLangevin:
             >>> info.energy.shape
             torch.Size([60, 100])
         """
-        # gradients of other people's energies are taken inside, also under inference_mode
-        with torch.inference_mode(False), torch.no_grad():
+        with chain_mode(device_of(z)):
             flat, layout = flatten_latents(z)
             if flat.is_inference():
                 flat = flat.clone()
@@ -184,7 +184,7 @@ class FastLangevin:
                       not triton: backend='eager' was asked for
                       not cpu: backend='eager' was asked for
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with chain_mode(device_of(z)):
             flat, layout = flatten_latents(z)
             return explain(self, flat, layout, context, y)
 

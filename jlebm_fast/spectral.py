@@ -19,18 +19,23 @@ import math
 import torch
 from torch import Tensor
 
+from .modes import chain_mode
+
 TOLERANCE = 1e-4
 # beyond this many products an SVD of a 50 x 50 weight is cheaper
 MAX_ITERATIONS = 40
 
 
-@torch.no_grad()
 def top_singular_triple(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
     """(u [out], v [in], sigma) with sigma = uᵀ W v the largest singular value of W [out, in]; started from u [out].
 
     A weight that holds NaN or infinity gives sigma = nan, and a chain that says so in its diagnostics.
     """
-    weight = weight.detach()
+    with chain_mode(weight.device):
+        return _iterate(weight.detach(), u)
+
+
+def _iterate(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
     transposed = weight.t()
     for _ in range(MAX_ITERATIONS):
         back = torch.mv(transposed, u)

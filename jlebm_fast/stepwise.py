@@ -8,7 +8,6 @@ Both keep the meaning of `ChainResult` exactly, step for step.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,15 +17,9 @@ from torch import Tensor, nn
 from . import ops
 from .checks import describe
 from .latents import LatentLayout
+from .modes import chain_mode
 from .problem import MLP, ChainResult, Record, Update
 from .rng import COUNTER_RANGE
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device):
-    """Gradients on, autocast off: the chain is float32 whatever surrounds it."""
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _gradient(name: str, value: Tensor, z: Tensor) -> Tensor:
@@ -52,7 +45,7 @@ class AnyEnergy(NamedTuple):
     sign: float
 
     def __call__(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        with _full_precision(flat.device):
+        with chain_mode(flat.device, gradients=True):
             z = flat.detach().requires_grad_()
             options = {name: v for name, v in (("context", self.context), ("y", self.y)) if v is not None}
             value = self.energy(self.layout.restore(z), **options)
@@ -74,7 +67,7 @@ class Likelihood(NamedTuple):
     layout: LatentLayout
 
     def __call__(self, flat: Tensor) -> Tensor:
-        with _full_precision(flat.device):
+        with chain_mode(flat.device, gradients=True):
             z = flat.detach().requires_grad_()
             value = self.log_likelihood(self.layout.restore(z))
             chains = flat.shape[0]

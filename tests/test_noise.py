@@ -85,7 +85,9 @@ def test_layout_of_the_field():
 def test_simd_equals_torch_in_every_bit(chains, dim):
     where = {"first_step": 3, "first_chain": 1_000_003, "stream": 1}
     key = 0xFEDCBA9876543210
-    assert torch.equal(cpu_noise(key, 3, chains, dim, **where), eager_noise.langevin_noise(key, 3, chains, dim, **where))
+    assert torch.equal(
+        cpu_noise(key, 3, chains, dim, **where), eager_noise.langevin_noise(key, 3, chains, dim, **where)
+    )
 
 
 @needs_native
@@ -100,7 +102,9 @@ def test_simd_equals_torch_on_four_million_normals():
 @needs_native
 def test_counters_wrap():
     top = (1 << 32) - 2
-    split = torch.cat([eager_noise.langevin_noise(1, 1, 2, 4, first_chain=top), eager_noise.langevin_noise(1, 1, 3, 4)], 1)
+    split = torch.cat(
+        [eager_noise.langevin_noise(1, 1, 2, 4, first_chain=top), eager_noise.langevin_noise(1, 1, 3, 4)], 1
+    )
     assert torch.equal(eager_noise.langevin_noise(1, 1, 5, 4, first_chain=top), split)
     assert torch.equal(cpu_noise(1, 1, 5, 4, first_chain=top), split)
     assert torch.equal(cpu_noise(1, 4, 3, 4, first_step=top), eager_noise.langevin_noise(1, 4, 3, 4, first_step=top))

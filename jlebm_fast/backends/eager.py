@@ -83,7 +83,7 @@ def activation_slope(name: str, parameter: float, a: Tensor) -> Tensor:
     if name == "identity":
         return torch.ones_like(a)
     if name == "leaky_relu":
-        return torch.where(a > 0, 1.0, parameter).to(a.dtype)
+        return torch.where(a > 0, torch.ones_like(a), parameter)
     if name == "relu":
         return (a > 0).to(a.dtype)
     if name == "gelu":
@@ -102,9 +102,10 @@ def activation_slope(name: str, parameter: float, a: Tensor) -> Tensor:
         t = torch.tanh(a)
         return 1 - t * t
     if name == "softplus":
-        return torch.sigmoid(parameter * a)
+        # from 20 on F.softplus is the identity
+        return torch.where(parameter * a > 20, torch.ones_like(a), torch.sigmoid(parameter * a))
     if name == "elu":
-        return torch.where(a > 0, 1.0, parameter * torch.exp(a.clamp(max=0)))
+        return torch.where(a > 0, torch.ones_like(a), parameter * torch.exp(a.clamp(max=0)))
     raise ValueError(f"activation must be one of problem.ACTIVATIONS, got {name!r}")
 
 
