@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor, nn
+
 from jlebm_fast.energy import EnergyMLP
 from jlebm_fast.sampler import FastLangevin
-from torch import Tensor, nn
 
 from .encoder import LadderEncoder, Posterior
 from .generator import LadderGenerator

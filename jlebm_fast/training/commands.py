@@ -129,9 +129,10 @@ class Verify:
         if self.run is None:
             energy = jf.EnergyMLP((2, 2, 2, 10), hidden=50, depth=4).to(pick_device(self.device))
         else:
-            energy = open_run(self.run, self.device)[2].energy
-            if energy is None:
+            model = open_run(self.run, self.device)[2]
+            if model.energy is None:
                 raise RunError(f'the run in "{self.run}" has a Gaussian prior: there is no energy to verify')
+            energy = model.prior_chain()
         return 0 if jf.verify(energy).passed else 1
 
 

@@ -68,7 +68,8 @@ def draw_panels(path: pathlib.Path, panels: Sequence[Panel], panels_per_row: int
 
 def _save(figure: Figure, path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+    FigureCanvasAgg(figure)  # no window system needed
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
 
 
 def make_figures(run: pathlib.Path | str, *, seed: int = 0, device: str = "auto") -> list[pathlib.Path]:

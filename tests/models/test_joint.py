@@ -28,7 +28,9 @@ def test_learning_lowers_the_loss_and_separates_the_energies():
     history = [model.update(images, optimisers, generator) for _ in range(200)]
     first, last = history[0], history[-1]
     assert last["reconstruction"] < 0.5 * first["reconstruction"]
-    gap = [sum((h["energy_posterior"] - h["energy_prior"]).item() for h in part) for part in (history[:50], history[-50:])]
+    gap = [
+        sum((h["energy_posterior"] - h["energy_prior"]).item() for h in part) for part in (history[:50], history[-50:])
+    ]
     assert gap[1] > gap[0]
 
 
@@ -110,7 +112,9 @@ def test_wrong_configurations_are_named():
         small_model(prior="gaussian").prior_chain()
 
 
-@pytest.mark.parametrize("changes", [{"spectral_norm": True, "energy_depth": 4}, {"latent_dims": (5,), "combine": "concat"}])
+@pytest.mark.parametrize(
+    "changes", [{"spectral_norm": True, "energy_depth": 4}, {"latent_dims": (5,), "combine": "concat"}]
+)
 def test_variants_learn(changes):
     model, generator = small_model(**changes), generator_of()
     optimisers = model.optimisers(RATES)

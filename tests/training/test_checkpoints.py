@@ -48,7 +48,7 @@ def test_everything_comes_back_exactly(tmp_path):
 
 
 def test_other_types_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(TypeError, match="set at .bad"):
+    with pytest.raises(TypeError, match=r"set at \.bad"):
         save_checkpoint(tmp_path / "c", {"bad": {1, 2}})
     assert list(tmp_path.iterdir()) == []
 
@@ -94,7 +94,9 @@ def test_damage_is_one_sentence(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", '{"items": 3}', '{"no": 1}', '{"items": [[1]]}', "{", '{"items": [[[], 1]]}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "null", '{"items": 3}', '{"no": 1}', '{"items": [[1]]}', "{", '{"items": [[[], 1]]}']
+)
 def test_foreign_safetensors_are_refused(tmp_path, text):
     save_file({"w": torch.ones(2)}, tmp_path / "c", metadata={"state": text})
     with pytest.raises(CheckpointError):

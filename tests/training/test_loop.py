@@ -53,7 +53,11 @@ def assert_same_run(a, b):
     first, second = flat(load_checkpoint(a.checkpoint)), flat(load_checkpoint(b.checkpoint))
     assert first.keys() == second.keys()
     for name in first.keys() - {".metrics_bytes"}:
-        same = torch.equal(first[name], second[name]) if isinstance(first[name], torch.Tensor) else first[name] == second[name]
+        same = (
+            torch.equal(first[name], second[name])
+            if isinstance(first[name], torch.Tensor)
+            else first[name] == second[name]
+        )
         assert same, name
     lines = [[line | {"steps_per_second": 0} for line in folder.read_metrics()] for folder in (a, b)]
     assert lines[0] == lines[1]
@@ -110,27 +114,35 @@ def test_stopping_anywhere_changes_nothing(whole_run, folder_of_shapes, tmp_path
 
 
 def test_killed_runs_go_on_bit_for_bit(folder_of_shapes, tmp_path):
-    """SIGKILL at moments that nobody chose; the process that goes on is a new one."""
+    """SIGKILL at a moment that nobody chose; the process that goes on is a new one."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = [*TINY, "--data", str(folder_of_shapes), "--steps", "600", "--log-every", "5", "--checkpoint-every", "3"]
+    arguments = [
+        *TINY,
+        "--data",
+        str(folder_of_shapes),
+        "--steps",
+        "200",
+        "--log-every",
+        "5",
+        "--checkpoint-every",
+        "7",
+    ]
 
     def start(name, *more):
         command = [sys.executable, "-m", "jlebm_fast", "train", str(tmp_path / name), *arguments, *more, "--no-figures"]
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
     whole = start("whole")
-    killed, kills = start("killed"), 0
-    for step in (100, 350):
-        while killed.poll() is None and not _reached(tmp_path / "killed", step):
-            time.sleep(0.01)
-        if killed.poll() is None:
-            kills += 1
-            killed.send_signal(signal.SIGKILL)
-        killed.communicate()
-        killed = start("killed", "--resume")
-    assert killed.wait(timeout=100) == 0, killed.stderr.read()
-    assert whole.wait(timeout=100) == 0, whole.stderr.read()
-    assert kills > 0, "the run ended before it could be killed"
+    killed = start("killed")
+    while killed.poll() is None and not _reached(tmp_path / "killed", 100):
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    killed = start("killed", "--resume")
+    for process in (killed, whole):
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 0, said
     assert_same_run(RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed"))
 
 
@@ -203,7 +215,7 @@ def test_figures_samples_and_evaluation(folder_of_shapes, tmp_path, prior, monke
     for name in names:
         with Image.open(run / "figures" / f"{name}.png") as figure:
             figure.load()
-            assert min(figure.size) > 100
+            assert max(figure.size) > 300
 
     import numpy as np
 

@@ -84,7 +84,8 @@ def test_one_parquet_file_without_labels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "expected"), [(8, 8, 16), (28, 28, 32), (32, 32, 32), (20, 40, 64), (218, 178, 64), (300, 90, 64)]
+    ("height", "width", "expected"),
+    [(8, 8, 16), (28, 28, 32), (32, 32, 32), (20, 40, 64), (218, 178, 64), (300, 90, 64)],
 )
 def test_sizes_chosen_by_themselves(tmp_path, height, width, expected):
     for i in range(2):
