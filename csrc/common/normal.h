@@ -9,7 +9,7 @@
 //
 // One source serves scalars and SIMD vectors. The caller's Ops names the types F, I, U (float32, int32, uint32 lanes)
 // and has, as static functions: mul, add, sqrt, to_float(I), as_float(U), as_uint(F or I), as_int(U),
-// select(mask, F, F), splat(float).
+// non_zero(U) -> mask, select(mask, F, F), splat(float).
 #pragma once
 
 #include "philox.h"
@@ -73,7 +73,7 @@ JLEBM_HD NormalPair<typename Ops::F> box_muller(typename Ops::U word0, typename 
     }
     s = Ops::mul(s, x);
     c = Ops::add(Ops::mul(c, y), Ops::splat(1.0f));
-    const auto odd_quadrant = (turned & 0x40000000u) != 0u;
+    const auto odd_quadrant = Ops::non_zero(turned & 0x40000000u);
     const F cosine = Ops::select(odd_quadrant, s, c);
     const F sine = Ops::select(odd_quadrant, c, s);
     // cosine is negative in quadrants 1 and 2, sine in 2 and 3

@@ -125,6 +125,7 @@ struct NormalOps {
     static JLEBM_INLINE U as_uint(F v) { return (U)v; }
     static JLEBM_INLINE U as_uint(I v) { return (U)v; }
     static JLEBM_INLINE I as_int(U v) { return (I)v; }
+    static JLEBM_INLINE I non_zero(U v) { return (I)(v != U{}); }
     static JLEBM_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
     static // c - 0 is c for every c, -0 included, so the compiler keeps only the broadcast
 JLEBM_INLINE F splat(float c) { return c - F{}; }

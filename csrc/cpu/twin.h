@@ -26,11 +26,6 @@ struct Twin {
     JLEBM_TWIN_OPERATOR(^)
     JLEBM_TWIN_OPERATOR(>>)
 #undef JLEBM_TWIN_OPERATOR
-
-    template <class S>
-    friend JLEBM_INLINE auto operator!=(const Twin& x, S s) -> Twin<decltype(x.a != s)> {
-        return {x.a != s, x.b != s};
-    }
 };
 
 // the operations that common/normal.h asks for, on twins of Base's types
@@ -49,6 +44,9 @@ struct TwinOps {
         return {Base::as_uint(x.a), Base::as_uint(x.b)};
     }
     static JLEBM_INLINE I as_int(U x) { return {Base::as_int(x.a), Base::as_int(x.b)}; }
+    static JLEBM_INLINE auto non_zero(U x) -> Twin<decltype(Base::non_zero(x.a))> {
+        return {Base::non_zero(x.a), Base::non_zero(x.b)};
+    }
     template <class M>
     static JLEBM_INLINE F select(M mask, F x, F y) {
         return {Base::select(mask.a, x.a, y.a), Base::select(mask.b, x.b, y.b)};
