@@ -156,8 +156,8 @@ double fma_peak(int n_threads, double seconds) {
     return sum;
 }
 
-}  // namespace
-}  // namespace jlebm
+} // namespace
+} // namespace jlebm
 
 PYBIND11_MODULE(_C, m) {
     using namespace jlebm;

@@ -26,16 +26,16 @@ enum class Head : int32_t { kIdentity = 0, kTanh, kSigmoid, kSoftplus, kLogsumex
 
 // f(z) = out_scale * head(W_out h_L + b_out),  h_l = phi_l(W_l h_{l-1} + b_l),  h_0 = z
 struct MlpParams {
-    int32_t n_hidden = 0;                     // L, 1 .. kMaxHiddenLayers
-    int32_t widths[kMaxHiddenLayers + 2] = {};  // dim, H_1, ..., H_L, J
+    int32_t n_hidden = 0;                      // L, 1 .. kMaxHiddenLayers
+    int32_t widths[kMaxHiddenLayers + 2] = {}; // dim, H_1, ..., H_L, J
     Activation activations[kMaxHiddenLayers] = {};
-    float activation_params[kMaxHiddenLayers] = {};  // slope of leaky_relu, alpha of elu, beta of softplus
+    float activation_params[kMaxHiddenLayers] = {}; // slope of leaky_relu, alpha of elu, beta of softplus
     Head head = Head::kIdentity;
     float out_scale = 1.0f;
-    const float* weights[kMaxHiddenLayers + 1] = {};  // [out, in]
-    const float* biases[kMaxHiddenLayers + 1] = {};   // [out] or null
-    const float* context_bias = nullptr;              // [chains, H_1] or null
-    const int64_t* logit = nullptr;                   // [chains], for Head::kLogit
+    const float* weights[kMaxHiddenLayers + 1] = {}; // [out, in]
+    const float* biases[kMaxHiddenLayers + 1] = {};  // [out] or null
+    const float* context_bias = nullptr;             // [chains, H_1] or null
+    const int64_t* logit = nullptr;                  // [chains], for Head::kLogit
 
     int dim() const { return widths[0]; }
     int n_logits() const { return widths[n_hidden + 1]; }
@@ -43,16 +43,16 @@ struct MlpParams {
 
 // z <- z + c_grad * grad + c_prior * ((mean - z) * precision + extra_grad) + c_noise * eps
 struct UpdateParams {
-    const float* step_coefficients = nullptr;   // [n_steps, 3]: c_grad, c_prior, c_noise
-    const float* chain_coefficients = nullptr;  // [chains, 3] factors, or null
-    const float* prior_mean = nullptr;          // [dim] or [chains, dim] (stride below), or null: zero
-    int64_t prior_mean_stride = 0;              // 0 or dim
-    const float* prior_precision = nullptr;     // the same, or null: no prior term
+    const float* step_coefficients = nullptr;  // [n_steps, 3]: c_grad, c_prior, c_noise
+    const float* chain_coefficients = nullptr; // [chains, 3] factors, or null
+    const float* prior_mean = nullptr;         // [dim] or [chains, dim] (stride below), or null: zero
+    int64_t prior_mean_stride = 0;             // 0 or dim
+    const float* prior_precision = nullptr;    // the same, or null: no prior term
     int64_t prior_precision_stride = 0;
-    const uint8_t* frozen = nullptr;  // the same, non-zero keeps the coordinate, or null
+    const uint8_t* frozen = nullptr; // the same, non-zero keeps the coordinate, or null
     int64_t frozen_stride = 0;
-    const float* noise = nullptr;  // [n_steps, chains, dim] replaces the contract's noise, or null
-    const float* extra_grad = nullptr;  // [chains, dim] or null
+    const float* noise = nullptr;      // [n_steps, chains, dim] replaces the contract's noise, or null
+    const float* extra_grad = nullptr; // [chains, dim] or null
     uint64_t noise_key = 0;
     uint32_t first_step = 0;
     uint32_t first_chain = 0;
@@ -61,26 +61,26 @@ struct UpdateParams {
 // Kept steps are those k with (k + 1) % thin == 0; each pointer may be null.
 struct RecordParams {
     int64_t thin = 1;
-    float* energy = nullptr;            // [n_kept, chains]
-    float* grad_norm = nullptr;         // [n_kept, chains]
-    float* displacement = nullptr;      // [n_kept, chains]
-    int64_t* first_bad_step = nullptr;  // [chains]
-    float* trajectory = nullptr;        // [n_kept, chains, dim]
+    float* energy = nullptr;           // [n_kept, chains]
+    float* grad_norm = nullptr;        // [n_kept, chains]
+    float* displacement = nullptr;     // [n_kept, chains]
+    int64_t* first_bad_step = nullptr; // [chains]
+    float* trajectory = nullptr;       // [n_kept, chains, dim]
 };
 
 struct LangevinNoiseParams {
     uint64_t noise_key = 0;
     uint32_t first_step = 0, first_chain = 0, stream = 0;
     int64_t n_steps = 0, chains = 0, dim = 0;
-    float* out = nullptr;  // [n_steps, chains, dim]
+    float* out = nullptr; // [n_steps, chains, dim]
 };
 
 struct LangevinStepParams {
     int64_t chains = 0, dim = 0;
-    const float* z = nullptr;     // [chains, dim]
-    const float* grad = nullptr;  // [chains, dim]
-    UpdateParams update;          // one step
-    float* out = nullptr;         // [chains, dim]
+    const float* z = nullptr;    // [chains, dim]
+    const float* grad = nullptr; // [chains, dim]
+    UpdateParams update;         // one step
+    float* out = nullptr;        // [chains, dim]
 };
 
 // Part of mlp_langevin_chain for layers too wide for the lanes: h may be a (in place) or null
@@ -88,26 +88,26 @@ struct MlpActivationParams {
     Activation activation = Activation::kIdentity;
     float param = 0.0f;
     int64_t n = 0;
-    const float* a = nullptr;  // [n]
-    float* h = nullptr;        // [n] phi(a)
-    float* d = nullptr;        // [n] phi'(a)
+    const float* a = nullptr; // [n]
+    float* h = nullptr;       // [n] phi(a)
+    float* d = nullptr;       // [n] phi'(a)
 };
 
 struct MlpEnergyGradParams {
     int64_t chains = 0;
-    const float* z = nullptr;  // [chains, dim]
+    const float* z = nullptr; // [chains, dim]
     MlpParams mlp;
-    float* energy = nullptr;  // [chains]
-    float* grad = nullptr;    // [chains, dim] or null
+    float* energy = nullptr; // [chains]
+    float* grad = nullptr;   // [chains, dim] or null
 };
 
 struct MlpLangevinChainParams {
     int64_t chains = 0, n_steps = 0;
-    const float* z = nullptr;  // [chains, dim]
+    const float* z = nullptr; // [chains, dim]
     MlpParams mlp;
     UpdateParams update;
     RecordParams record;
-    float* out = nullptr;  // [chains, dim]; may not overlap z
+    float* out = nullptr; // [chains, dim]; may not overlap z
 };
 
-}  // namespace jlebm
+} // namespace jlebm

@@ -46,7 +46,7 @@ JLEBM_HD NormalPair<typename Ops::F> box_muller(typename Ops::U word0, typename 
     // it is u0 2^24, so 24 is taken off the exponent. The factor -2 stands in the constants: scaling by it is exact.
     const I bits = Ops::as_int(Ops::as_uint(Ops::to_float(Ops::as_int((word0 >> 8) | 1u))));
     const I shifted = bits - (kSqrtHalfBits + (24 << 23));
-    const I exponent = shifted >> 23;  // arithmetic
+    const I exponent = shifted >> 23; // arithmetic
     const F m = Ops::as_float(Ops::as_uint((shifted & 0x7fffff) + kSqrtHalfBits));
     const F f = Ops::add(m, Ops::splat(-1.0f));
     F q = Ops::splat(-2.0f * kLogQ[8]);
@@ -54,11 +54,11 @@ JLEBM_HD NormalPair<typename Ops::F> box_muller(typename Ops::U word0, typename 
 #pragma GCC unroll 8
 #endif
     for (int i = 7; i >= 0; --i) q = Ops::add(Ops::mul(q, f), Ops::splat(-2.0f * kLogQ[i]));
-    const F r =
-        Ops::sqrt(Ops::add(Ops::mul(Ops::to_float(exponent), Ops::splat(-2.0f * kLn2)), Ops::mul(f, q)));
+    const F r = Ops::sqrt(Ops::add(Ops::mul(Ops::to_float(exponent), Ops::splat(-2.0f * kLn2)), Ops::mul(f, q)));
 
     // 2 pi u1 = (pi / 2) quadrant + 2 pi x with x in (-1/8, 1/8). Adding 1/8 to u1 (mod 1) puts the quadrant into the
-    // two top bits; the 21 bits below them, with the half unit of the contract, are the mantissa of x + 3/8 in [1/4, 1/2).
+    // two top bits; the 21 bits below them, with the half unit of the contract, are the mantissa of x + 3/8 in [1/4,
+    // 1/2).
     const U turned = word1 + (1u << 29);
     const F x = Ops::add(Ops::as_float(((turned >> 7) & 0x7ffffcu) | 0x3e800002u), Ops::splat(-0.375f));
     const F y = Ops::mul(x, x);
@@ -82,4 +82,4 @@ JLEBM_HD NormalPair<typename Ops::F> box_muller(typename Ops::U word0, typename 
     return {Ops::mul(r, signed_cosine), Ops::mul(r, signed_sine)};
 }
 
-}  // namespace jlebm
+} // namespace jlebm

@@ -17,8 +17,8 @@ namespace jlebm {
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u;
 constexpr uint32_t kPhiloxM1 = 0xCD9E8D57u;
-constexpr uint32_t kPhiloxW0 = 0x9E3779B9u;  // golden ratio
-constexpr uint32_t kPhiloxW1 = 0xBB67AE85u;  // sqrt(3) - 1
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u; // golden ratio
+constexpr uint32_t kPhiloxW1 = 0xBB67AE85u; // sqrt(3) - 1
 constexpr int kPhiloxRounds = 10;
 
 enum Stream : uint32_t { kStreamLangevin = 0, kStreamInitial = 1, kStreamAcceptReject = 2 };
@@ -43,4 +43,4 @@ JLEBM_HD PhiloxWords philox4x32(PhiloxWords counter, uint32_t key0, uint32_t key
     return {{c0, c1, c2, c3}};
 }
 
-}  // namespace jlebm
+} // namespace jlebm

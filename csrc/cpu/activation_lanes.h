@@ -15,8 +15,8 @@ struct ValueSlope {
 };
 
 struct ExponentFraction {
-    F fraction;    // in [-1/2, 1/2]
-    I exponent23;  // exponent << 23
+    F fraction;   // in [-1/2, 1/2]
+    I exponent23; // exponent << 23
 };
 
 // u = exponent + fraction; adding 1.5 * 2^23 rounds to an integer that then stands in the low bits
@@ -56,7 +56,7 @@ JLEBM_INLINE F exp_lanes(F a) {
 }
 
 struct ExponentialPair {
-    F minus_one, value;  // exp(a) - 1 and exp(a), each with its own small relative error
+    F minus_one, value; // exp(a) - 1 and exp(a), each with its own small relative error
 };
 
 JLEBM_INLINE ExponentialPair expm1_lanes(F a) {
@@ -64,7 +64,7 @@ JLEBM_INLINE ExponentialPair expm1_lanes(F a) {
     const F magic = splat(12582912.0f);
     const F t = fma(a, splat(1.4426950408889634f), magic);
     const F n = t - magic;
-    F r = fma(n, splat(-0.693145751953125f), a);  // ln 2 in two pieces, the first with trailing zeros
+    F r = fma(n, splat(-0.693145751953125f), a); // ln 2 in two pieces, the first with trailing zeros
     r = fma(n, splat(-1.428606765330187e-06f), r);
     F q = splat(0.0013882522471249104f);
     q = fma(q, r, splat(0.00836651399731636f));
@@ -113,7 +113,7 @@ JLEBM_INLINE ValueSlope tanh_lanes(F a) {
     return {copysign_lanes(e.minus_one * q, a), e.value * (q + q) * (q + q)};
 }
 
-JLEBM_INLINE F softplus_lanes(F a) {  // beta = 1
+JLEBM_INLINE F softplus_lanes(F a) { // beta = 1
     return max_or_nan(splat(0.0f), a) + log1p_unit(exp_lanes(-abs(a)));
 }
 
@@ -130,9 +130,9 @@ JLEBM_INLINE ValueSlope gelu_lanes(F a) {
     p = fma(p, q, splat(0.31022900342941284f));
     p = fma(p, q, splat(0.08140818029642105f));
     p = fma(p, q, splat(0.004808004945516586f));
-    const F tail = p * e;  // Phi(-t)
+    const F tail = p * e; // Phi(-t)
     const F h = fma(-t, tail, max_or_nan(splat(0.0f), a));
-    const F g = fma(t * e, splat(0.3989422804014327f), -tail) + 0.5f;  // t pdf(t) - Phi(-t) + 1/2
+    const F g = fma(t * e, splat(0.3989422804014327f), -tail) + 0.5f; // t pdf(t) - Phi(-t) + 1/2
     // infinite a gives inf * 0 in h and d; the limit values are a or 0, and 1 or 0
     return {h, as_float(as_uint(g) ^ (as_uint(a) & 0x80000000u)) + 0.5f};
 }
@@ -149,7 +149,8 @@ JLEBM_INLINE ValueSlope activate(F a, F param) {
         return gelu_lanes(a);
     } else if constexpr (kActivation == Activation::kGeluTanh) {
         const F a2 = a * a;
-        const ValueSlope th = tanh_lanes(a * fma(a2, splat(0.044715f * 0.7978845608028654f), splat(0.7978845608028654f)));
+        const ValueSlope th =
+            tanh_lanes(a * fma(a2, splat(0.044715f * 0.7978845608028654f), splat(0.7978845608028654f)));
         const F half = fma(th.h, splat(0.5f), splat(0.5f));
         const F inner = fma(a2, splat(3.0f * 0.044715f * 0.7978845608028654f), splat(0.7978845608028654f));
         const F slope = th.d * inner;
@@ -158,7 +159,7 @@ JLEBM_INLINE ValueSlope activate(F a, F param) {
         const F e = exp_lanes(-a);
         const F s = 1.0f / (1.0f + e);
         const F h = a * s;
-        return {h, fma(h, e * s, s)};  // 1 - s = e s without the cancellation
+        return {h, fma(h, e * s, s)}; // 1 - s = e s without the cancellation
     } else if constexpr (kActivation == Activation::kMish) {
         // tanh(ln(1 + e)) = n / (n + 2), n = e (e + 2); beyond 20 it is 1 in float32
         const F e = exp_lanes(min_or_nan(splat(20.0f), a));
@@ -166,7 +167,7 @@ JLEBM_INLINE ValueSlope activate(F a, F param) {
         const F q = 1.0f / (n + 2.0f);
         const F th = n * q;
         const F s = e / (e + 1.0f);
-        return {a * th, fma(a * s, (n + 1.0f) * (q + q) * (q + q), th)};  // 1 - th^2 = 4 (n + 1) / (n + 2)^2
+        return {a * th, fma(a * s, (n + 1.0f) * (q + q) * (q + q), th)}; // 1 - th^2 = 4 (n + 1) / (n + 2)^2
     } else if constexpr (kActivation == Activation::kTanh) {
         return tanh_lanes(a);
     } else if constexpr (kActivation == Activation::kSoftplus) {
@@ -198,13 +199,14 @@ using ActivateRows = void (*)(const float*, float, float*, float*, int64_t);
 
 inline ActivateRows activate_rows_of(Activation activation) {
     static constexpr ActivateRows kTable[] = {
-        activate_rows<Activation::kIdentity>, activate_rows<Activation::kLeakyRelu>, activate_rows<Activation::kRelu>,
-        activate_rows<Activation::kGelu>,     activate_rows<Activation::kGeluTanh>,  activate_rows<Activation::kSilu>,
-        activate_rows<Activation::kMish>,     activate_rows<Activation::kTanh>,      activate_rows<Activation::kSoftplus>,
-        activate_rows<Activation::kElu>};
+        activate_rows<Activation::kIdentity>, activate_rows<Activation::kLeakyRelu>,
+        activate_rows<Activation::kRelu>,     activate_rows<Activation::kGelu>,
+        activate_rows<Activation::kGeluTanh>, activate_rows<Activation::kSilu>,
+        activate_rows<Activation::kMish>,     activate_rows<Activation::kTanh>,
+        activate_rows<Activation::kSoftplus>, activate_rows<Activation::kElu>};
     static_assert(sizeof(kTable) / sizeof(kTable[0]) == size_t(Activation::kCount), "one row per activation");
     return kTable[int(activation)];
 }
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

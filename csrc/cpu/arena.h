@@ -6,29 +6,29 @@
 #include <new>
 
 namespace jlebm {
-namespace JLEBM_TARGET {  // each target its own copy: an inline function must not cross targets
+namespace JLEBM_TARGET { // each target its own copy: an inline function must not cross targets
 
 constexpr int64_t kArenaAlign = 16;              // floats: one cache line, one AVX-512 vector
-constexpr int64_t kArenaKeep = int64_t(4) << 20;  // floats kept between calls; larger ones are returned
+constexpr int64_t kArenaKeep = int64_t(4) << 20; // floats kept between calls; larger ones are returned
 
 class Arena {
-   public:
+public:
     Arena(float* begin, int64_t floats) : next_(begin), end_(begin + floats) {}
 
     float* take(int64_t floats) {
         float* p = next_;
         next_ += (floats + kArenaAlign - 1) / kArenaAlign * kArenaAlign;
-        if (next_ > end_) throw std::bad_alloc();  // a workspace's floats() and take() disagree
+        if (next_ > end_) throw std::bad_alloc(); // a workspace's floats() and take() disagree
         return p;
     }
 
-   private:
+private:
     float* next_;
     float* end_;
 };
 
 class ArenaStorage {
-   public:
+public:
     ~ArenaStorage() { std::free(memory_); }
 
     float* reserve(int64_t floats) {
@@ -52,10 +52,10 @@ class ArenaStorage {
         }
     }
 
-   private:
+private:
     float* memory_ = nullptr;
     int64_t capacity_ = 0;
 };
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

@@ -36,5 +36,5 @@ double fma_peak(double seconds) {
     return total > 0.0f ? 2.0 * kAccumulators * kLanes * loops / elapsed * 1e-9 : 0.0;
 }
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

@@ -26,4 +26,4 @@ const CpuKernels& cpu_kernels();
 // comma-separated names of the targets in this build that this processor runs
 const char* cpu_targets();
 
-}  // namespace jlebm
+} // namespace jlebm

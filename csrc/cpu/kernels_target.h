@@ -14,5 +14,5 @@ void philox_words(int rounds, const uint32_t counter[4], const uint32_t key[2], 
 void mlp_activation(const MlpActivationParams& p, int n_threads);
 double fma_peak(double seconds);
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

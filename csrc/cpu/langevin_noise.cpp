@@ -1,8 +1,8 @@
 // langevin_noise: the noise field eps [n_steps, chains, dim] of the noise contract (common/normal.h).
 // Compiled once per target.
 #include "cpu/arena.h"
+#include "cpu/chain_rows.h"
 #include "cpu/kernels_target.h"
-#include "cpu/mlp_lanes.h"
 #include "cpu/noise_lanes.h"
 #include "cpu/schedule.h"
 
@@ -31,11 +31,12 @@ namespace {
 template <int kRounds>
 void words_of_lanes(const uint32_t counter[4], const uint32_t key[2], uint32_t* out) {
     const KeySchedule<kRounds> keys(uint64_t(key[1]) << 32 | key[0]);
-    const auto s = philox_last_rounds(philox_start(ChainLanes(counter[1]), counter[0], counter[2], counter[3], keys), keys);
+    const auto s =
+        philox_last_rounds(philox_start(ChainLanes(counter[1]), counter[0], counter[2], counter[3], keys), keys);
     const U words[4] = {interleave(s.c0), interleave(s.c1), interleave(s.c2), interleave(s.c3)};
     std::memcpy(out, words, sizeof words);
 }
-}  // namespace
+} // namespace
 
 void philox_words(int rounds, const uint32_t counter[4], const uint32_t key[2], uint32_t* out) {
     if (rounds == 7)
@@ -44,5 +45,5 @@ void philox_words(int rounds, const uint32_t counter[4], const uint32_t key[2], 
         words_of_lanes<kPhiloxRounds>(counter, key, out);
 }
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

@@ -34,5 +34,5 @@ void langevin_step(const LangevinStepParams& p, int n_threads) {
     storage.release_if_large();
 }
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

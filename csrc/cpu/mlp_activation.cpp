@@ -8,7 +8,7 @@ namespace jlebm {
 namespace JLEBM_TARGET {
 
 void mlp_activation(const MlpActivationParams& p, int n_threads) {
-    constexpr int64_t kChunk = 4096;  // floats: 16 KB in, 32 KB out, stays in the first-level cache
+    constexpr int64_t kChunk = 4096; // floats: 16 KB in, 32 KB out, stays in the first-level cache
     const ActivateRows rows = activate_rows_of(p.activation);
     const Schedule schedule((p.n + kChunk - 1) / kChunk, 1, 1, n_threads);
     schedule.run([&](const Piece& piece) {
@@ -25,5 +25,5 @@ void mlp_activation(const MlpActivationParams& p, int n_threads) {
     });
 }
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

@@ -25,7 +25,7 @@ void run_block(const MlpEnergyGradParams& p, const PackedMlp& packed, int64_t fi
     if (p.grad) rows_from_lanes<V>(p.grad, workspace.grad, p.mlp.dim(), first, count);
 }
 
-}  // namespace
+} // namespace
 
 void mlp_energy_grad(const MlpEnergyGradParams& p, int n_threads) {
     constexpr int kUnitChains = kNarrow * kLanes;
@@ -47,5 +47,5 @@ void mlp_energy_grad(const MlpEnergyGradParams& p, int n_threads) {
     storage.release_if_large();
 }
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

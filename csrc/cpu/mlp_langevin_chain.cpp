@@ -3,6 +3,7 @@
 //     z <- z + c_grad * grad f(z) + c_prior * ((mean - z) * precision + extra_grad) + c_noise * eps
 // Compiled once per target.
 #include "cpu/kernels_target.h"
+#include "cpu/mlp_lanes.h"
 #include "cpu/schedule.h"
 #include "cpu/update_lanes.h"
 
@@ -19,7 +20,7 @@ void write_lanes(float* to, int64_t first, int count, const F* values) {
 
 template <int V>
 class ChainBlock {
-   public:
+public:
     static int64_t floats(const MlpLangevinChainParams& p) {
         return MlpWorkspace<V>::floats(p.mlp) + UpdateWorkspace<V>::floats(p.mlp.dim());
     }
@@ -55,12 +56,13 @@ class ChainBlock {
                 update_block<V, false>(p_.update, update_, dim_, noisy, mlp_.z, mlp_.grad, nullptr);
             }
             if (kept && record.trajectory)
-                rows_from_lanes<V>(record.trajectory + kept_index(step) * p_.chains * dim_, mlp_.z, dim_, first_, count_);
+                rows_from_lanes<V>(record.trajectory + kept_index(step) * p_.chains * dim_, mlp_.z, dim_, first_,
+                                   count_);
         }
         rows_from_lanes<V>(p_.out, mlp_.z, dim_, first_, count_);
     }
 
-   private:
+private:
     int64_t kept_index(int64_t step) const { return (step + 1) / p_.record.thin - 1; }
 
     void record_step(int64_t step, bool kept, const F* energy, const StepSums* sums) {
@@ -98,7 +100,7 @@ class ChainBlock {
     I chosen_[V];
 };
 
-}  // namespace
+} // namespace
 
 void mlp_langevin_chain(const MlpLangevinChainParams& p, int n_threads) {
     constexpr int kUnitChains = kNarrow * kLanes;
@@ -121,5 +123,5 @@ void mlp_langevin_chain(const MlpLangevinChainParams& p, int n_threads) {
     storage.release_if_large();
 }
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

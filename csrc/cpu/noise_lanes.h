@@ -113,12 +113,12 @@ inline void normals_of_step(float* eps, int64_t row_stride, int n_groups, uint32
     const KeySchedule<kPhiloxRounds> keys(noise_key);
     const ChainLanes chains(first_chain);
     int group = 0;
-    if (kRegisters == 32) {  // two groups at once need more registers than sixteen
+    if (kRegisters == 32) { // two groups at once need more registers than sixteen
         for (; group + 2 <= n_groups; group += 2) {
-            const auto words = philox_last_rounds(
-                side_by_side(philox_start(chains, uint32_t(group), step, stream, keys),
-                             philox_start(chains, uint32_t(group) + 1, step, stream, keys)),
-                keys);
+            const auto words =
+                philox_last_rounds(side_by_side(philox_start(chains, uint32_t(group), step, stream, keys),
+                                                philox_start(chains, uint32_t(group) + 1, step, stream, keys)),
+                                   keys);
             const auto normals = normals_of_words<TwinOps<NormalOps>>(words);
             float* row = eps + int64_t(4 * group) * row_stride;
             for (int i = 0; i < 4; ++i) store(row + i * row_stride, normals.n[i].a);
@@ -133,5 +133,5 @@ inline void normals_of_step(float* eps, int64_t row_stride, int n_groups, uint32
     }
 }
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

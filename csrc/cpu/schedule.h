@@ -1,7 +1,8 @@
 // Who computes which steps of which chains.
 //
-// Chains are grouped into blocks of one or two units (a unit is the narrow block). Noise is a function of (chain, step),
-// so a block's steps may be split between two workers. With few blocks each worker gets an equal share of the line
+// Chains are grouped into blocks of one or two units (a unit is the narrow block). Noise is a function of (chain,
+// step), so a block's steps may be split between two workers. With few blocks each worker gets an equal share of the
+// line
 //     block 0, block 1, ... each of length units * n_steps
 // and where a share ends inside a block, the worker on the right computes the block's first steps at the start of its
 // share and the worker on the left its last steps at the end of its own (McNaughton's wrap-around rule, Management
@@ -19,20 +20,19 @@
 #include "cpu/threads.h"
 
 namespace jlebm {
-namespace JLEBM_TARGET {  // each target its own copy: an inline function must not cross targets
+namespace JLEBM_TARGET { // each target its own copy: an inline function must not cross targets
 
 struct Piece {
     int64_t first_unit;
-    int units;               // 1 or 2
-    int64_t begin, end;      // steps
+    int units;          // 1 or 2
+    int64_t begin, end; // steps
     int worker;
 };
 
 class Schedule {
-   public:
+public:
     // block_units: units of a wide block; a block is wide only if every worker still gets at least one
-    Schedule(int64_t n_units, int64_t n_steps, int wide_units, int n_threads)
-        : n_units_(n_units), n_steps_(n_steps) {
+    Schedule(int64_t n_units, int64_t n_steps, int wide_units, int n_threads) : n_units_(n_units), n_steps_(n_steps) {
         const int64_t threads = std::max<int64_t>(1, n_threads);
         units_ = n_units >= wide_units * threads ? wide_units : 1;
         n_blocks_ = (n_units + units_ - 1) / units_;
@@ -51,8 +51,8 @@ class Schedule {
             run_shares(run_piece);
     }
 
-   private:
-    static constexpr int kManyBlocks = 16;  // an idle worker then waits for at most 1/16 of the time
+private:
+    static constexpr int kManyBlocks = 16; // an idle worker then waits for at most 1/16 of the time
 
     Piece piece(int64_t block, int64_t begin, int64_t end, int worker) const {
         const int64_t first = block * units_;
@@ -82,7 +82,7 @@ class Schedule {
                 const int64_t from = cut(lo - start, whole.units), to = cut(hi - start, whole.units);
                 if (from >= to) continue;
                 std::atomic<int>& done = first_part_done[size_t(b)];
-                if (from > 0) {  // the right worker's piece: the block's first steps
+                if (from > 0) { // the right worker's piece: the block's first steps
                     run_piece(piece(b, 0, n_steps_ - from, worker));
                     done.store(1, std::memory_order_release);
                 } else {
@@ -103,5 +103,5 @@ class Schedule {
     bool dynamic_;
 };
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

@@ -42,7 +42,7 @@ constexpr int kRegisters = 16;
 typedef float F __attribute__((vector_size(kLanes * 4)));
 typedef int32_t I __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
-typedef uint64_t W __attribute__((vector_size(kLanes * 4)));  // half as many 64-bit lanes
+typedef uint64_t W __attribute__((vector_size(kLanes * 4))); // half as many 64-bit lanes
 
 JLEBM_INLINE F load(const float* p) {
     F v;
@@ -88,9 +88,7 @@ JLEBM_INLINE F min_or_nan(F limit, F a) { return limit < a ? limit : a; }
 JLEBM_INLINE F max_or_nan(F limit, F a) { return limit > a ? limit : a; }
 JLEBM_INLINE F rn_sqrt(F a) { return (F)vsqrtq_f32((float32x4_t)a); }
 JLEBM_INLINE F fma(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
-JLEBM_INLINE W mul_low32(W a, W b) {
-    return (W)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
-}
+JLEBM_INLINE W mul_low32(W a, W b) { return (W)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b)); }
 #else
 JLEBM_INLINE F min_or_nan(F limit, F a) { return limit < a ? limit : a; }
 JLEBM_INLINE F max_or_nan(F limit, F a) { return limit > a ? limit : a; }
@@ -128,8 +126,10 @@ struct NormalOps {
     static JLEBM_INLINE I non_zero(U v) { return (I)(v != U{}); }
     static JLEBM_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
     static // c - 0 is c for every c, -0 included, so the compiler keeps only the broadcast
-JLEBM_INLINE F splat(float c) { return c - F{}; }
+        JLEBM_INLINE F splat(float c) {
+        return c - F{};
+    }
 };
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

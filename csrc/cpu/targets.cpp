@@ -7,20 +7,20 @@
 #include "cpu/kernels.h"
 
 // one line per object set that CMakeLists.txt builds (JLEBM_HAVE_<target>)
-#define JLEBM_DECLARE_TARGET(name)                                                                       \
-    namespace jlebm {                                                                                    \
-    namespace name {                                                                                     \
-    void langevin_noise(const LangevinNoiseParams&, int);                                                \
-    void langevin_step(const LangevinStepParams&, int);                                                  \
-    void mlp_energy_grad(const MlpEnergyGradParams&, int);                                               \
-    void mlp_langevin_chain(const MlpLangevinChainParams&, int);                                         \
-    void philox_words(int, const uint32_t[4], const uint32_t[2], uint32_t*);                             \
-    void mlp_activation(const MlpActivationParams&, int);                                                \
-    double fma_peak(double);                                                                             \
-    static const CpuKernels kernels = {#name,           kLanesOf_##name,    langevin_noise, langevin_step, \
-                                       mlp_energy_grad, mlp_langevin_chain, philox_words,   mlp_activation, \
-                                       fma_peak};                                                        \
-    }                                                                                                    \
+#define JLEBM_DECLARE_TARGET(name)                                                                                     \
+    namespace jlebm {                                                                                                  \
+    namespace name {                                                                                                   \
+    void langevin_noise(const LangevinNoiseParams&, int);                                                              \
+    void langevin_step(const LangevinStepParams&, int);                                                                \
+    void mlp_energy_grad(const MlpEnergyGradParams&, int);                                                             \
+    void mlp_langevin_chain(const MlpLangevinChainParams&, int);                                                       \
+    void philox_words(int, const uint32_t[4], const uint32_t[2], uint32_t*);                                           \
+    void mlp_activation(const MlpActivationParams&, int);                                                              \
+    double fma_peak(double);                                                                                           \
+    static const CpuKernels kernels = {#name,         kLanesOf_##name, langevin_noise,                                 \
+                                       langevin_step, mlp_energy_grad, mlp_langevin_chain,                             \
+                                       philox_words,  mlp_activation,  fma_peak};                                      \
+    }                                                                                                                  \
     }
 
 namespace {
@@ -63,7 +63,7 @@ const CpuKernels& choose() {
                              " on this processor and in this build, got '" + wanted + "'");
 }
 
-}  // namespace
+} // namespace
 
 const CpuKernels& cpu_kernels() {
     static const CpuKernels& chosen = choose();
@@ -73,10 +73,11 @@ const CpuKernels& cpu_kernels() {
 const char* cpu_targets() {
     static const std::string names = [] {
         std::string s;
-        for (const CpuKernels* kernels : runnable_targets()) s += (s.empty() ? "" : ", ") + std::string(kernels->target);
+        for (const CpuKernels* kernels : runnable_targets())
+            s += (s.empty() ? "" : ", ") + std::string(kernels->target);
         return s;
     }();
     return names.c_str();
 }
 
-}  // namespace jlebm
+} // namespace jlebm

@@ -26,7 +26,8 @@ struct Runtime {
 #if defined(__linux__)
 int visit_library(dl_phdr_info* info, size_t, void* found) {
     const char* path = info->dlpi_name;
-    if (path == nullptr || !(std::strstr(path, "libgomp") || std::strstr(path, "libomp") || std::strstr(path, "libiomp")))
+    if (path == nullptr ||
+        !(std::strstr(path, "libgomp") || std::strstr(path, "libomp") || std::strstr(path, "libiomp")))
         return 0;
     // RTLD_NOLOAD: only a handle to what is loaded already
     void* handle = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
@@ -64,7 +65,7 @@ void work(void* p) {
         job->task(job->context, worker);
 }
 
-}  // namespace
+} // namespace
 
 const char* thread_runtime() { return runtime().name.c_str(); }
 
@@ -85,4 +86,4 @@ void run_workers(int n, void (*task)(void*, int), void* context) {
     for (std::thread& t : threads) t.join();
 }
 
-}  // namespace jlebm
+} // namespace jlebm

@@ -19,8 +19,8 @@ void parallel_workers(int n, const Task& task) {
         task(0);
         return;
     }
-    run_workers(n, [](void* context, int worker) { (*static_cast<const Task*>(context))(worker); },
-                const_cast<Task*>(&task));
+    run_workers(
+        n, [](void* context, int worker) { (*static_cast<const Task*>(context))(worker); }, const_cast<Task*>(&task));
 }
 
-}  // namespace jlebm
+} // namespace jlebm

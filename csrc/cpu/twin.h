@@ -13,11 +13,11 @@ template <class T>
 struct Twin {
     T a, b;
 
-#define JLEBM_TWIN_OPERATOR(op)                                                                          \
-    friend JLEBM_INLINE Twin operator op(const Twin& x, const Twin& y) { return {x.a op y.a, x.b op y.b}; } \
-    template <class S>                                                                                   \
-    friend JLEBM_INLINE Twin operator op(const Twin& x, S s) {                                           \
-        return {x.a op s, x.b op s};                                                                     \
+#define JLEBM_TWIN_OPERATOR(op)                                                                                        \
+    friend JLEBM_INLINE Twin operator op(const Twin& x, const Twin& y) { return {x.a op y.a, x.b op y.b}; }            \
+    template <class S>                                                                                                 \
+    friend JLEBM_INLINE Twin operator op(const Twin& x, S s) {                                                         \
+        return {x.a op s, x.b op s};                                                                                   \
     }
     JLEBM_TWIN_OPERATOR(+)
     JLEBM_TWIN_OPERATOR(-)
@@ -60,5 +60,5 @@ JLEBM_INLINE Twin<T> mul_low32_each(const Twin<T>& x, W m) {
     return {mul_low32_each(x.a, m), mul_low32_each(x.b, m)};
 }
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

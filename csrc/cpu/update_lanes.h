@@ -3,7 +3,8 @@
 // with everything in lanes, [dim][V * kLanes], and what is recorded on the way.
 #pragma once
 
-#include "cpu/mlp_lanes.h"
+#include "cpu/arena.h"
+#include "cpu/chain_rows.h"
 #include "cpu/noise_lanes.h"
 
 namespace jlebm {
@@ -12,13 +13,13 @@ namespace JLEBM_TARGET {
 template <int V>
 struct UpdateWorkspace {
     static constexpr int kRow = V * kLanes;
-    float* eps;  // padded to a multiple of four dims
+    float* eps; // padded to a multiple of four dims
     // per-chain inputs turned into lanes, null where the input is absent or the same for all chains
     float* mean;
     float* precision;
     float* frozen;
     float* extra_grad;
-    float* coefficients;  // [3]
+    float* coefficients; // [3]
     F c_grad[V], c_prior[V], c_noise[V];
 
     static int64_t floats(int64_t dim) { return kRow * (5 * dim + 4 + 3) + 8 * kArenaAlign; }
@@ -68,7 +69,7 @@ struct UpdateWorkspace {
 };
 
 struct StepSums {
-    F grad2, move2, bad;  // |grad|^2, |displacement|^2, NaN where z is not finite
+    F grad2, move2, bad; // |grad|^2, |displacement|^2, NaN where z is not finite
 };
 
 template <int V, bool kRecord>
@@ -104,11 +105,11 @@ inline void update_block(const UpdateParams& update, UpdateWorkspace<V>& ws, int
                 const F move = z1 - z0;
                 sums[v].grad2 = fma(g, g, sums[v].grad2);
                 sums[v].move2 = fma(move, move, sums[v].move2);
-                sums[v].bad = fma(z1, F{}, sums[v].bad);  // inf * 0 and NaN * 0 are NaN
+                sums[v].bad = fma(z1, F{}, sums[v].bad); // inf * 0 and NaN * 0 are NaN
             }
         }
     }
 }
 
-}  // namespace JLEBM_TARGET
-}  // namespace jlebm
+} // namespace JLEBM_TARGET
+} // namespace jlebm

@@ -83,7 +83,8 @@ struct Problem {
             for (float& w : weights.back()) w = normal(g) / std::sqrt(float(widths[l]));
             for (float& b : biases.back()) b = 0.2f * normal(g);
         }
-        for (size_t l = 0; l < weights.size(); ++l) mlp.weights[l] = weights[l].data(), mlp.biases[l] = biases[l].data();
+        for (size_t l = 0; l < weights.size(); ++l)
+            mlp.weights[l] = weights[l].data(), mlp.biases[l] = biases[l].data();
         for (int l = 0; l < mlp.n_hidden; ++l) {
             mlp.activations[l] = l % 2 ? Activation::kGelu : Activation::kLeakyRelu;
             mlp.activation_params[l] = 0.2f;
@@ -99,7 +100,8 @@ struct Problem {
             std::vector<double> a(size_t(n_out), 0.0), d(size_t(n_out), 1.0);
             for (int j = 0; j < n_out; ++j) {
                 a[size_t(j)] = biases[size_t(l)][size_t(j)];
-                for (int k = 0; k < n_in; ++k) a[size_t(j)] += double(weights[size_t(l)][size_t(j) * n_in + k]) * h[size_t(k)];
+                for (int k = 0; k < n_in; ++k)
+                    a[size_t(j)] += double(weights[size_t(l)][size_t(j) * n_in + k]) * h[size_t(k)];
                 double& v = a[size_t(j)];
                 if (l == mlp.n_hidden) continue;
                 if (mlp.activations[l] == Activation::kGelu) {
@@ -159,7 +161,7 @@ void check_chain(std::vector<int> widths, int64_t chains, int threads) {
     check(worst < 2e-5, "chain differs from the scalar loop", worst);
 }
 
-}  // namespace
+} // namespace
 
 int main() {
     for (int64_t chains : {1, 16, 37})
