@@ -137,7 +137,9 @@ class JointEBM(nn.Module):
         autoencoder = [*self.generator.parameters(), *self.encoder.parameters()]
         optimisers = {"autoencoder": torch.optim.Adam(autoencoder, lr=rates.autoencoder, betas=(0.5, 0.999))}
         if self.energy is not None:
-            optimisers["energy"] = torch.optim.Adam(self.energy.parameters(), lr=rates.energy, betas=(0.0, 0.9))
+            optimisers["energy"] = torch.optim.AdamW(
+                self.energy.parameters(), lr=rates.energy, betas=(0.0, 0.9), weight_decay=rates.energy_weight_decay
+            )
         return optimisers
 
     def update(

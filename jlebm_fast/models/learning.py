@@ -14,10 +14,14 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclasses.dataclass(frozen=True)
 class LearningRates:
-    """Adam's learning rates at the start: of generator and encoder, and of the energy."""
+    """Adam's learning rates at the start, of generator and encoder and of the energy, and the energy's weight decay.
+
+    The decay is decoupled: each step multiplies the energy's parameters by 1 - energy * energy_weight_decay.
+    """
 
     autoencoder: float
     energy: float
+    energy_weight_decay: float = 0.0
 
 
 def descend(optimiser: torch.optim.Optimizer, loss: Tensor, name: str) -> None:

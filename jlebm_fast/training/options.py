@@ -72,6 +72,10 @@ class TrainOptions:
     energy_lr: float = 1e-4
     """Adam's learning rate of f."""
 
+    energy_weight_decay: float = 0.0
+    """Decoupled weight decay of f, in units of its learning rate: holds f and the encoder back from drifting off
+    together, which no other term of the objective prevents."""
+
     lr_decay: float = 0.998
     """Factor on both learning rates after each epoch."""
 
@@ -94,6 +98,9 @@ class TrainOptions:
             self._require(name, "a positive integer", getattr(self, name) >= 1)
         for name in ("autoencoder_lr", "energy_lr", "lr_decay", "step_size", "reconstruction_weight"):
             self._require(name, "positive and finite", 0 < getattr(self, name) < float("inf"))
+        self._require(
+            "energy_weight_decay", "between 0 and 1 / --energy-lr", 0 <= self.energy_weight_decay * self.energy_lr <= 1
+        )
         self._require("epochs", "positive, or 0 for --steps", self.epochs >= 0)
         self._require("seed", "between 0 and 2^63 - 1", 0 <= self.seed < 2**63)
         self._require(
@@ -110,7 +117,7 @@ class TrainOptions:
         return JointConfig(**{name: getattr(self, name) for name in names})
 
     def learning_rates(self) -> LearningRates:
-        return LearningRates(autoencoder=self.autoencoder_lr, energy=self.energy_lr)
+        return LearningRates(self.autoencoder_lr, self.energy_lr, self.energy_weight_decay)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.epochs * steps_per_epoch if self.epochs else self.steps

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import TINY, write_folder
+from shapes import TINY, write_folder
 
 TRAIN = ["--steps", "3", "--spectral-norm", "--no-figures", "--device", "cpu", *TINY]
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
+from shapes import TINY
 
 from jlebm_fast.training.checkpoints import load_checkpoint
 from jlebm_fast.training.errors import RunError

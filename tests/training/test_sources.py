@@ -6,8 +6,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import shape_pixels, write_folder
 from PIL import Image
+from shapes import shape_pixels, write_folder
 
 from jlebm_fast.training.errors import ImageError
 from jlebm_fast.training.sources import load_images, to_network, to_pixels
