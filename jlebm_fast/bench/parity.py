@@ -148,9 +148,6 @@ def rival(case: Case, network: nn.Module, name: str, run: Run, chains: int) -> P
 
 def backends_with_kernels() -> list[ModuleType]:
     """Every backend that can run float32 chains on the CPU in this process, except eager, the oracle."""
-    names = [name for name in backends.MODULES if name != "eager" and backends.unavailable_reason(name) is None]
-    return [
-        backends.load(name)
-        for name in names
-        if backends.reason_against(name, "langevin_step", device=torch.device("cpu"), dtype=torch.float32) is None
-    ]
+    here = {"device": torch.device("cpu"), "dtype": torch.float32}
+    names = [name for name in backends.NAMES if name != "eager"]
+    return [backends.load(name) for name in names if backends.reason_against(name, "langevin_step", **here) is None]

@@ -50,8 +50,7 @@ def main(options: BenchOptions) -> int:
         print(f"jlebm bench: --threads must be between 1 and {cores}, the cores this process may use, got {threads}")
         return 2
     if not parity.backends_with_kernels():
-        reasons = [backends.unavailable_reason(name) for name in backends.MODULES if name != "eager"]
-        print("jlebm bench: no compiled backend to measure: " + "; ".join(reason for reason in reasons if reason))
+        print(f"jlebm bench: there are no kernels to measure: {backends.unavailable_reason('cpu')}")
         return 2
     names = list(options.rivals)
     if "jax" in names and not rivals.jax_available():

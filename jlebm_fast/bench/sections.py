@@ -21,6 +21,7 @@ from jlebm_fast.problem import Update
 
 MANY = 10_000
 RIVALS = {"eager": rivals.eager, "compiled": rivals.compiled, "jax": rivals.jax_scan}
+LABELS = {"eager": "eager loop", "compiled": "torch.compile", "jax": "jax.jit scan"}
 Say = Callable[[str], None]
 
 
@@ -61,8 +62,7 @@ def energy_of(case: Case, network: nn.Sequential, spectral_norm: bool) -> Energy
         for ours, theirs in zip(energy.layers, linears, strict=True):
             ours.weight.copy_(theirs.weight)
             ours.bias.copy_(theirs.bias)
-            if spectral_norm:
-                ours.converge()
+        energy(case.initial(1))  # in a training loop the forward before keeps the singular vectors near these weights
     return energy
 
 
@@ -133,11 +133,12 @@ def chain_times(
             contenders.add(name, functools.partial(sampler, z0), parity.chain(case, network, sampler, chains))
     for name in with_rivals:
         run = RIVALS[name](case, network)
-        contenders.add(name, functools.partial(run, z0), parity.rival(case, network, name, run, chains))
+        check = parity.rival(case, network, LABELS[name], run, chains)
+        contenders.add(LABELS[name], functools.partial(run, z0), check)
     if spectral and "eager" in with_rivals:
         run = rivals.eager_spectral(case, network)
-        check = parity.rival(case, network, "eager, spectral norm", run, chains)
-        contenders.add("eager, spectral norm", functools.partial(run, z0), check)
+        name = f"{LABELS['eager']}, spectral norm"
+        contenders.add(name, functools.partial(run, z0), parity.rival(case, network, name, run, chains))
     threads = torch.get_num_threads()
     records = contenders.measure(rounds, peak_of=threads, flops=case.flops(chains))
     return records, contenders.failed
@@ -206,9 +207,9 @@ def _ops(case: Case, chains: int, say: Say) -> Iterator[tuple[Contenders, int | 
         return f, torch.autograd.grad(f.sum(), z)[0]
 
     torchs_own = functools.partial(Parity, backend="torch", passed=True, error=0.0, error_of_torch=0.0)
-    noise.add("eager", functools.partial(torch.randn, 1, chains, case.dim), torchs_own("langevin_noise"))
-    step.add("eager", plain_step, torchs_own("langevin_step"))
-    energy.add("eager", plain_energy_grad, torchs_own("mlp_energy_grad"))
+    noise.add("plain torch", functools.partial(torch.randn, 1, chains, case.dim), torchs_own("langevin_noise"))
+    step.add("plain torch", plain_step, torchs_own("langevin_step"))
+    energy.add("plain torch", plain_energy_grad, torchs_own("mlp_energy_grad"))
     yield noise, None
     yield step, None
     yield energy, case.spec.flops_per_chain_step * chains

@@ -5,13 +5,7 @@ from __future__ import annotations
 from jlebm_fast.bench.cases import CASES
 from jlebm_fast.bench.sections import MANY
 
-_ORDER = ("eager", "eager, spectral norm", "compiled", "jax")
-_LABELS = {
-    "eager": "eager loop",
-    "eager, spectral norm": "eager loop, spectral norm",
-    "compiled": "torch.compile",
-    "jax": "jax.jit scan",
-}
+_RIVALS = ("eager loop", "eager loop, spectral norm", "torch.compile", "jax.jit scan")
 
 
 def heading(about: dict) -> str:
@@ -54,7 +48,7 @@ def _median(record: dict) -> float:
 def _contenders(records: list[dict]) -> list[str]:
     """Our backends first, then the rivals in their order."""
     names = list(dict.fromkeys(r["contender"] for r in records))
-    return [n for n in names if n not in _ORDER] + [n for n in _ORDER if n in names]
+    return [n for n in names if n not in _RIVALS] + [n for n in _RIVALS if n in names]
 
 
 def _cell(records: list[dict], case: str, contender: str) -> dict | None:
@@ -70,15 +64,15 @@ def _ratios(result: dict) -> str:
     records = _of(result, "chain")
     cases = [name for name in CASES if any(r["case"] == name for r in records)]
     rows = []
-    for ours in (n for n in _contenders(records) if n not in _ORDER):
+    for ours in (n for n in _contenders(records) if n not in _RIVALS):
         spectral = ours.endswith("spectral norm")
-        for rival in (n for n in _ORDER if n.endswith("spectral norm") == spectral):
+        for rival in (n for n in _RIVALS if n.endswith("spectral norm") == spectral):
             for many in (False, True):
                 chosen = [r for r in records if (r["chains"] == MANY) == many]
                 cells = [_faster(_cell(chosen, case, ours), _cell(chosen, case, rival)) for case in cases]
                 size = f"{MANY:,} chains" if many else "one batch"
                 if any(cells):
-                    rows.append((f"{size}: {ours}, times faster than {_LABELS[rival]}", cells))
+                    rows.append((f"{size}: {ours}, times faster than {rival}", cells))
         chosen = [r for r in records if r["chains"] == MANY]
         cells = [_fraction(_cell(chosen, case, ours)) for case in cases]
         if any(cells):
@@ -104,8 +98,8 @@ def _chains(result: dict) -> list[str]:
         rows = []
         for contender in _contenders(records):
             cells = [_cell(records, case, contender) for case in cases]
-            rows.append((_LABELS.get(contender, contender), [f"{1e3 * _median(r):.2f}" if r else "" for r in cells]))
-            if many and contender not in _ORDER:
+            rows.append((contender, [f"{1e3 * _median(r):.2f}" if r else "" for r in cells]))
+            if many and contender not in _RIVALS:
                 rows.append(("  fraction of the FMA peak", [_fraction(r) for r in cells]))
         columns = [f"{case} ({r['chains']:,} x {r['n_steps']})" for case, r in _first_of_each(records)]
         blocks.append(table(f"ms per run (chains x steps), {_threads(result)}", columns, rows))
@@ -141,7 +135,11 @@ def _ops(result: dict) -> str:
     records = _of(result, "op")
     for record in records:
         torchs = next(
-            (r for r in records if r["contender"] == "eager" and r["op"] == record["op"] and _same_size(r, record)),
+            (
+                r
+                for r in records
+                if r["contender"] == "plain torch" and r["op"] == record["op"] and _same_size(r, record)
+            ),
             None,
         )
         cells = [
@@ -149,8 +147,7 @@ def _ops(result: dict) -> str:
             f"{_median(torchs) / _median(record):.1f}" if torchs else "",
             _fraction(record),
         ]
-        contender = "plain torch" if record["contender"] == "eager" else record["contender"]
-        rows.append((f"{record['op']}, {record['case']}, {record['chains']:,} chains: {contender}", cells))
+        rows.append((f"{record['op']}, {record['case']}, {record['chains']:,} chains: {record['contender']}", cells))
     return table(
         f"One call of an operation, {_threads(result)}", ["ms", "times faster than torch", "of FMA peak"], rows
     )

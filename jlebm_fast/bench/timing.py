@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 
 _BURST_SECONDS = 0.03  # a turn lasts about this long, so that short calls are not timed cold
+_PATIENCE_SECONDS = 20.0  # on a slow or busy machine the rounds end here, but never before the third
+_LEAST_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int = 7) -> dict[str, Timing]:
-    """Calls every contender `rounds` times in turn, each turn a burst of one or more timed calls.
+    """Calls every contender in turn, up to `rounds` times, each turn a burst of one or more timed calls.
 
     Every turn of a contender that is quick begins with one untimed call: threads of the one before have gone to sleep
     by then and caches hold this one's weights.
@@ -47,7 +49,10 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int = 7)
     first = {name: _second_call(run) for name, run in contenders.items()}
     calls = {name: max(1, math.ceil(_BURST_SECONDS / seconds)) for name, seconds in first.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    end = time.perf_counter() + _PATIENCE_SECONDS
+    for done in range(rounds):
+        if done >= _LEAST_ROUNDS and time.perf_counter() > end:
+            break
         for name, run in contenders.items():
             if first[name] < 1.0:
                 run()

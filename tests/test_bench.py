@@ -1,0 +1,131 @@
+"""The benchmark measures what it says: published sizes, rivals that run the same chain, no number without parity."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from jlebm_fast.bench import parity, report, rivals, sections, tables, timing, worker
+from jlebm_fast.bench.cases import CASES, HS, LEBM, mlp_of
+from jlebm_fast.bench.sections import sampler_of
+
+
+@pytest.mark.parametrize(("name", "megaflop"), [("HS", 0.033), ("FID", 0.060), ("LEBM", 0.241), ("WIDE", 4.40)])
+def test_arithmetic_is_the_published_workload(name, megaflop):
+    assert CASES[name].flops(1) / CASES[name].n_steps / 1e6 == pytest.approx(megaflop, rel=0.02)
+
+
+def test_spectrally_normalised_weights_have_norm_one():
+    for weight in mlp_of(HS.network(), HS.spec).weights:
+        assert torch.linalg.matrix_norm(weight.double(), 2) == pytest.approx(1.0, abs=1e-5)
+
+
+SHORT = dataclasses.replace(HS, n_steps=5)
+
+
+@pytest.mark.parametrize("maker", [rivals.eager, rivals.eager_spectral], ids=["eager", "eager_spectral"])
+def test_eager_rivals_run_the_chain(maker):
+    network = SHORT.network()
+    assert parity.rival(SHORT, network, "rival", maker(SHORT, network), 20).passed
+
+
+def test_jax_runs_the_chain():
+    pytest.importorskip("jax")
+    network = SHORT.network()
+    run = rivals.jax_scan(SHORT, network)
+    assert parity.rival(SHORT, network, "jax", run, 20).passed
+    z0 = SHORT.initial(20)
+    assert not torch.equal(run(z0)[0], run(z0)[0])  # fresh noise in every call
+
+
+@pytest.mark.parametrize("case", [SHORT, dataclasses.replace(LEBM, n_steps=5)], ids=["HS", "LEBM"])
+def test_parity_accepts_the_oracle(case):
+    network = case.network()
+    assert parity.chain(case, network, sampler_of(case, network, "eager"), 150).passed
+
+
+@pytest.mark.parametrize("wrong", ["weights", "step_size", "noise", "nan"])
+def test_parity_refuses_a_wrong_chain(wrong):
+    network = SHORT.network()
+    sampler = sampler_of(SHORT, network, "eager")
+    if wrong == "weights":
+        with torch.no_grad():
+            sampler.energy.layers[1].weight[3, 4] += 0.5
+    elif wrong == "nan":
+        with torch.no_grad():
+            sampler.energy.layers[1].bias[0] = float("nan")
+    elif wrong == "noise":
+        sampler = dataclasses.replace(sampler, noise_scale=0.9)
+    else:
+        sampler = dataclasses.replace(sampler, step_size=0.39)
+    assert not parity.chain(SHORT, network, sampler, 150).passed
+
+
+def test_a_failed_parity_gives_no_number(monkeypatch):
+    said = []
+    contenders = sections.Contenders("chain", "mlp_langevin_chain", SHORT, 4, said.append)
+    good = parity.Parity("mlp_langevin_chain", "good", True, 0.0, 0.0)
+    bad = parity.Parity("mlp_langevin_chain", "bad", False, 1.0, 0.0)
+    contenders.add("good", lambda: None, good)
+    contenders.add("bad", lambda: None, bad)
+    assert [record.contender for record in contenders.measure(rounds=3)] == ["good"]
+    assert contenders.failed == [bad]
+    assert "no number" in said[0]
+
+
+def test_contenders_take_turns():
+    order = []
+
+    def slow(name):
+        order.append(name)
+        time.sleep(0.04)
+
+    timings = timing.interleaved({"a": lambda: slow("a"), "b": lambda: slow("b")}, rounds=3)
+    assert [len(t.seconds) for t in timings.values()] == [3, 3]
+    assert "".join(order) == "aabb" + 3 * "aabb"  # a warm-up call before each timed one
+    assert timings["a"].median == pytest.approx(0.04, abs=0.03)
+
+
+def test_report_and_file(monkeypatch, tmp_path, capsys):
+    """A whole small run in this process, with the oracle in the place of the kernels."""
+    from jlebm_fast import backends
+
+    eager = backends.load("eager")
+    monkeypatch.setitem(CASES, "HS", dataclasses.replace(HS, n_steps=3))
+    monkeypatch.setattr(parity, "backends_with_kernels", lambda: [eager])
+    monkeypatch.setattr(sections.peak, "fma_peak", lambda n_threads, seconds=0.3: 100.0)
+    monkeypatch.setattr(sections.peak, "copy_rate", lambda seconds=0.3: 10.0)
+    monkeypatch.setattr(timing, "_BURST_SECONDS", 0.0)
+    monkeypatch.setattr(report, "MANY", 300)
+    monkeypatch.setattr(tables, "MANY", 300)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(
+        report, "_measure", lambda n, measurements: worker.work({"threads": threads, "measurements": measurements})
+    )
+    out = tmp_path / "folder" / "result.json"
+    assert report.main(report.BenchOptions(cases=("HS",), rivals=("eager",), threads=(1,), out=out)) == 0
+    printed = capsys.readouterr().out
+    assert "Ratios" in printed
+    assert "fraction of the FMA peak" in printed
+    assert "Diagnostics" in printed
+    stored = json.loads(out.read_text())
+    assert {"cpu", "cores", "versions", "commit", "date"} <= set(stored["machine"])
+    assert all(record["parity"]["passed"] for record in stored["results"][0]["records"])
+
+
+def test_more_threads_than_cores_is_refused(capsys):
+    assert report.main(report.BenchOptions(threads=(100_000,))) == 2
+    assert "100000" in capsys.readouterr().out
+
+
+def test_reference_is_autograd_of_the_network():
+    """The independent reference agrees with a hand-written step."""
+    network = nn.Sequential(nn.Linear(3, 1)).double()
+    z = torch.ones(2, 3, dtype=torch.float64)
+    stepped = parity._loop(network, z, None, 1, 0.4)
+    assert torch.allclose(stepped, z + 0.08 * (network[0].weight - z))
