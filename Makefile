@@ -9,7 +9,7 @@ demo: .venv/ready
 	.venv/bin/jlebm train runs/demo --overwrite
 
 test: .venv/ready
-	OMP_NUM_THREADS=2 .venv/bin/python -m pytest -n auto
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto
 
 bench: .venv/ready-to-bench
 	.venv/bin/jlebm bench

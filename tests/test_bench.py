@@ -103,12 +103,15 @@ def test_report_and_file(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "_BURST_SECONDS", 0.0)
     monkeypatch.setattr(report, "MANY", 300)
     monkeypatch.setattr(tables, "MANY", 300)
-    threads = torch.get_num_threads()
     monkeypatch.setattr(
-        report, "_measure", lambda n, measurements: worker.work({"threads": threads, "measurements": measurements})
+        report, "_measure", lambda n, measurements: worker.work({"threads": n, "measurements": measurements})
     )
     out = tmp_path / "folder" / "result.json"
-    assert report.main(report.BenchOptions(cases=("HS",), rivals=("eager",), threads=(1,), out=out)) == 0
+    threads = torch.get_num_threads()
+    try:
+        assert report.main(report.BenchOptions(cases=("HS",), rivals=("eager",), threads=(1,), out=out)) == 0
+    finally:
+        torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     assert "Ratios" in printed
     assert "fraction of the FMA peak" in printed
