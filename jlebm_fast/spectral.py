@@ -1,6 +1,6 @@
 """Spectral norm of a weight, converged: what every chain and every EnergyMLP divides by.
 
-The rule: sigma = uᵀ W v with (u, v) the top singular pair to a relative residual of `TOLERANCE`,
+The rule: sigma = uᵀ W v with (u, v) the top singular pair to a relative residual `TOLERANCE`,
 ‖W Wᵀ u − sigma² u‖ <= TOLERANCE · sigma², whatever the buffers of the module say. Started from vectors that
 are nearly right (a weight that moved by one optimiser step) that costs a few power iterations; vectors that do not
 converge within `MAX_ITERATIONS` are replaced by an exact singular value decomposition. A module's own buffers
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .modes import chain_mode
 
-TOLERANCE = 1e-4
+# float32 serves the chains; float64 is where the oracle and finite differences live
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 # beyond this many products an SVD of a 50 x 50 weight is cheaper
 MAX_ITERATIONS = 40
 
@@ -29,14 +30,14 @@ MAX_ITERATIONS = 40
 def top_singular_triple(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
     """(u [out], v [in], sigma) with sigma = uᵀ W v the largest singular value of W [out, in]; started from u [out].
 
-    A weight that holds NaN or infinity gives sigma = nan, and a chain that says so in its diagnostics.
+    A weight that holds NaN or infinity gives sigma = nan, and so a chain that says so in its diagnostics.
     """
     with chain_mode(weight.device):
         return _iterate(weight.detach(), u)
 
 
 def _iterate(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
-    transposed = weight.t()
+    transposed, tolerance = weight.t(), TOLERANCE.get(weight.dtype, TOLERANCE[torch.float32])
     for _ in range(MAX_ITERATIONS):
         back = torch.mv(transposed, u)
         forth = torch.mv(weight, back)
@@ -48,7 +49,7 @@ def _iterate(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
         # u is an eigenvector of W Wᵀ, with eigenvalue ‖Wᵀu‖², once this vanishes
         residual = float(torch.linalg.vector_norm(torch.sub(forth, u, alpha=norm_back * norm_back)))
         u = forth / norm_forth
-        if residual <= TOLERANCE * norm_forth:
+        if residual <= tolerance * norm_forth:
             return u, back / norm_back, norm_forth / norm_back
     left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
     return left[:, 0].contiguous(), right[0].contiguous(), float(sigma[0])

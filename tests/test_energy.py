@@ -1,0 +1,246 @@
+"""EnergyMLP: values, gradients of every order, heads, spectral norm, the papers' checkpoints, copies of modules."""
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm as new_spectral_norm
+
+import jlebm_fast as jf
+from jlebm_fast.problem import ACTIVATIONS
+
+MODULES = {
+    "leaky_relu": nn.LeakyReLU(0.2),
+    "relu": nn.ReLU(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU(),
+    "mish": nn.Mish(),
+    "tanh": nn.Tanh(),
+    "softplus": nn.Softplus(),
+    "elu": nn.ELU(),
+    "identity": nn.Identity(),
+}
+
+
+def normal(*shape, seed=21, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_forward_is_the_sequential(activation):
+    torch.manual_seed(1)
+    f = jf.EnergyMLP((2, 3), hidden=(7, 9), depth=2, activation=activation)
+    net = nn.Sequential(nn.Linear(5, 7), MODULES[activation], nn.Linear(7, 9), MODULES[activation], nn.Linear(9, 1))
+    net.load_state_dict({f"{2 * int(k[7])}.{k[9:]}": v for k, v in f.state_dict().items()})
+    z = normal(11, 5)
+    assert torch.equal(f(z), net(z).squeeze(1))
+    assert torch.equal(f([z[:, :2], z[:, 2:]]), f(z))
+    assert torch.equal(f((z[:, :2], z[:, 2:])), f(z))
+    assert torch.equal(f(z[..., None, None]), f(z))
+    assert torch.equal(f([z[:, :2, None, None], z[:, 2:]]), f(z))
+
+
+@pytest.mark.parametrize("head", ["identity", "tanh", "sigmoid", "softplus", "logsumexp"])
+def test_gradients_of_first_and_second_order(head):
+    torch.manual_seed(2)
+    logits = 3 if head == "logsumexp" else 1
+    f = jf.EnergyMLP(4, 6, 2, activation="silu", head=head, out_features=logits, context_dim=2, spectral_norm=True)
+    f = f.double().eval()
+    z, c = (normal(3, d, dtype=torch.float64).requires_grad_() for d in (4, 2))
+    parameters = list(f.parameters())
+
+    def value(z, c, *parameters):
+        names = [name for name, _ in f.named_parameters()]
+        return torch.func.functional_call(f, dict(zip(names, parameters, strict=True)), (z, c))
+
+    assert torch.autograd.gradcheck(value, (z, c, *parameters), atol=1e-6)
+    # the vectors of a spectral norm count as constants in its gradient, so second derivatives are checked in z alone
+    assert torch.autograd.gradgradcheck(lambda z, c: f(z, c), (z, c))
+
+
+def test_double_backward_reaches_parameters():
+    f = jf.EnergyMLP(4, 6, 2, activation="gelu")
+    z = normal(3, 4).requires_grad_()
+    (grad,) = torch.autograd.grad(f(z).sum(), z, create_graph=True)
+    grad.square().sum().backward()
+    assert all(p.grad is not None for p in f.layers[0].parameters())
+
+
+def test_logsumexp_and_chosen_logit():
+    f = jf.EnergyMLP(4, 6, 1, out_features=5, head="logsumexp")
+    z = normal(8, 4)
+    logits = torch.stack([f(z, y=j) for j in range(5)], dim=1)
+    torch.testing.assert_close(f(z), logits.logsumexp(1))
+    y = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    assert torch.equal(f(z, y=y), logits.gather(1, y[:, None])[:, 0])
+    only = jf.EnergyMLP(4, 6, 1, out_features=5, head="logit")
+    with pytest.raises(ValueError, match="y must name a logit"):
+        only(z)
+
+
+def test_context_is_a_further_input():
+    f = jf.EnergyMLP(4, 6, 2, context_dim=3)
+    plain = jf.EnergyMLP(7, 6, 2)
+    plain.load_state_dict(f.state_dict())
+    z, c = normal(8, 4), normal(8, 3, seed=22)
+    torch.testing.assert_close(f(z, c), plain(torch.cat([z, c], 1)))
+    torch.testing.assert_close(f(z, c[0]), plain(torch.cat([z, c[:1].expand(8, 3)], 1)))
+
+
+BAD = {
+    "no latents": (lambda: jf.EnergyMLP((), 5, 1), "latent_dims must be one or more positive integers"),
+    "depth": (lambda: jf.EnergyMLP(4, 5, 0), "depth must be an integer >= 1, got 0"),
+    "too deep": (lambda: jf.EnergyMLP(4, 5, 17), "1 to 16 hidden layers, got 17"),
+    "widths": (lambda: jf.EnergyMLP(4, (5, 6), 3), r"hidden must be one width or 3 widths"),
+    "activation": (lambda: jf.EnergyMLP(4, 5, 1, activation="swish"), "activation must be one of identity, .*'swish'"),
+    "head": (lambda: jf.EnergyMLP(4, 5, 1, head="exp"), "head must be one of"),
+    "logits without head": (lambda: jf.EnergyMLP(4, 5, 1, out_features=3), "takes one logit, got 3; use 'logsumexp'"),
+    "slope": (lambda: jf.EnergyMLP(4, 5, 1, negative_slope=float("nan")), "negative_slope must be finite"),
+    "context": (lambda: jf.EnergyMLP(4, 5, 1, context_dim=-1), "context_dim must be an integer >= 0"),
+    "missing context": (
+        lambda: jf.EnergyMLP(4, 5, 1, context_dim=2)(normal(3, 4)),
+        r"context must be \[3, 2\] or \[2\]",
+    ),
+    "y of one logit": (lambda: jf.EnergyMLP(4, 5, 1)(normal(3, 4), y=0), "y chooses a logit of a logsumexp or logit"),
+    "y out of range": (
+        lambda: jf.EnergyMLP(4, 5, 1, out_features=2, head="logsumexp")(normal(3, 4), y=2),
+        r"entries in \[0, 2\), got 2",
+    ),
+    "z": (lambda: jf.EnergyMLP(4, 5, 1)(normal(3, 5)), r"z must be \[chains, 4\] float32 on cpu, got \[3, 5\]"),
+    "layers": (lambda: jf.EnergyMLP((2, 2), 5, 1)([normal(3, 4)]), r"widths \(2, 2\), got \(4,\)"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_spectral_norm_is_the_largest_singular_value():
+    torch.manual_seed(3)
+    f = jf.EnergyMLP(16, 50, 4, spectral_norm=True)
+    for step in range(3):
+        for layer in f.layers:
+            exact = layer.weight / torch.linalg.matrix_norm(layer.weight, 2)
+            torch.testing.assert_close(layer.effective_weight(), exact, rtol=1e-5, atol=1e-6)
+            with torch.no_grad():
+                layer.weight += 0.1 ** (step + 1) * torch.randn_like(layer.weight)
+
+
+def test_only_a_training_forward_writes_the_vectors():
+    torch.manual_seed(4)
+    f = jf.EnergyMLP(4, 6, 2, spectral_norm=True)
+    with torch.no_grad():
+        f.layers[1].weight += torch.randn(6, 6)
+    before = {k: v.clone() for k, v in f.state_dict().items()}
+
+    def changed():
+        return [k for k, v in f.state_dict().items() if not torch.equal(v, before[k])]
+
+    jf.FastLangevin(f, n_steps=3)(normal(5, 4))
+    jf.FastLangevin(f, n_steps=3, backend="eager")(normal(5, 4))
+    f.eval()(normal(5, 4))
+    assert changed() == []
+    f.train()(normal(5, 4))
+    assert "layers.1.weight_u" in changed()
+
+
+def test_spectral_norm_of_weights_that_are_not_finite():
+    f = jf.EnergyMLP(4, 6, 2, spectral_norm=True)
+    with torch.no_grad():
+        f.layers[0].weight[0, 0] = float("nan")
+    assert f(normal(5, 4)).isnan().all()
+    info = jf.FastLangevin(f, n_steps=3).sample(normal(5, 4), return_info=True)[1]
+    assert (info.first_bad_step == 0).all()
+
+
+def named(prefix, wrap, ins=16, hidden=20):
+    names = OrderedDict()
+    for i, (a, b) in enumerate(((ins, hidden), (hidden, hidden), (hidden, 1))):
+        names[f"fc{i + 1}"] = wrap(nn.Linear(a, b))
+        if b != 1:
+            names[f"act{i + 1}"] = nn.LeakyReLU(0.2)
+    net = nn.Module()
+    net.add_module(prefix, nn.Sequential(names))
+    return net, getattr(net, prefix)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, old_spectral_norm, new_spectral_norm], ids=["plain", "old", "new"])
+@pytest.mark.parametrize("names", ["energy.fc1", "ebm.0"])
+def test_checkpoints_of_the_papers_load(wrap, names):
+    torch.manual_seed(5)
+    net, forward = named("energy", wrap)
+    if names == "ebm.0":
+        net = nn.Module()
+        net.ebm = forward = nn.Sequential(*forward)
+    for _ in range(300):
+        forward(normal(2, 16))
+    state = net.state_dict()
+    assert any(key.startswith(names + ".") for key in state)
+    f = jf.EnergyMLP((6, 10), 20, 2, spectral_norm=any(key.endswith("_u") for key in state))
+    assert f.load_state_dict(state).missing_keys == []
+    z = normal(9, 16)
+    torch.testing.assert_close(f.eval()(z), forward.eval()(z).squeeze(1), rtol=1e-4, atol=1e-6)
+
+
+def test_checkpoints_that_do_not_fit_are_refused():
+    plain, _ = named("energy", lambda m: m)
+    normalised, _ = named("energy", old_spectral_norm)
+    with pytest.raises(ValueError, match="make this EnergyMLP with spectral_norm=True"):
+        jf.EnergyMLP(16, 20, 2).load_state_dict(normalised.state_dict())
+    with pytest.raises(ValueError, match="make this EnergyMLP with spectral_norm=False"):
+        jf.EnergyMLP(16, 20, 2, spectral_norm=True).load_state_dict(plain.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        jf.EnergyMLP(16, 21, 2).load_state_dict(plain.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        jf.EnergyMLP(16, 20, 3).load_state_dict(plain.state_dict())
+
+
+def test_state_dict_round_trip_inside_another_module(tmp_path):
+    f = nn.ModuleDict({"energy": jf.EnergyMLP(4, 6, 2, spectral_norm=True)})
+    torch.save(f.state_dict(), tmp_path / "f.pt")
+    g = nn.ModuleDict({"energy": jf.EnergyMLP(4, 6, 2, spectral_norm=True)})
+    g.load_state_dict(torch.load(tmp_path / "f.pt", weights_only=True))
+    assert torch.equal(f["energy"](normal(3, 4)), g["energy"](normal(3, 4)))
+    twin = copy.deepcopy(f["energy"])
+    assert torch.equal(twin(normal(3, 4)), f["energy"](normal(3, 4)))
+
+
+def test_from_module_copies():
+    torch.manual_seed(6)
+    net = nn.Sequential(
+        old_spectral_norm(nn.Linear(16, 20)), nn.GELU(), nn.Linear(20, 8, bias=False), nn.Tanh(), nn.Linear(8, 1)
+    )
+    f = jf.EnergyMLP.from_module(net, 16)
+    for _ in range(300):
+        net(normal(2, 16))
+    z = normal(9, 16)
+    torch.testing.assert_close(f(z), net.eval()(z).squeeze(1), rtol=1e-4, atol=1e-6)
+    before = f(z)
+    with torch.no_grad():
+        net[2].weight.zero_()
+    assert torch.equal(f(z), before)
+    with pytest.raises(ValueError, match=r"cannot be copied into an EnergyMLP: layer_norm .* layer '1' \(LayerNorm\)"):
+        jf.EnergyMLP.from_module(nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 1)), 4)
+
+
+class NegativeJoint(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 1))
+
+    def forward(self, z):
+        return -2 * self.net(torch.cat(z, 1)).squeeze(1)
+
+
+def test_from_module_keeps_sign_and_layers():
+    net = NegativeJoint()
+    f = jf.EnergyMLP.from_module(net, (2, 3))
+    z = [normal(4, 2), normal(4, 3)]
+    assert f.latent_dims == (2, 3)
+    torch.testing.assert_close(f(z), net(z))

@@ -1,0 +1,123 @@
+"""The rungs for other samplers: the noise field, one step, an energy and its gradient."""
+
+import pytest
+import torch
+from reference import published_loop
+from torch import nn
+
+import jlebm_fast as jf
+
+
+def normal(*shape, seed=41):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_noise_is_addressed_not_streamed(backend):
+    options = {"device": backend.device, "backend": backend.name}
+    whole = jf.langevin_noise(5, 6, 40, 10, **options)
+    assert torch.equal(jf.langevin_noise(5, 6, 13, 10, first_chain=27, **options), whole[:, 27:])
+    assert torch.equal(jf.langevin_noise(5, 2, 40, 10, first_step=4, **options), whole[4:])
+    assert torch.equal(jf.langevin_noise(5, 6, 40, 7, **options), whole[:, :, :7])
+    assert not torch.isclose(jf.langevin_noise(5, 6, 40, 10, stream=1, **options), whole).any()
+    assert not torch.isclose(jf.langevin_noise(6, 6, 40, 10, **options), whole).any()
+
+
+def test_noise_is_the_oracle_in_every_bit(backend):
+    key = 0xDEADBEEFCAFEF00D
+    ours = jf.langevin_noise(key, 7, 101, 19, device=backend.device, backend=backend.name)
+    assert torch.equal(ours.cpu(), jf.langevin_noise(key, 7, 101, 19, backend="eager"))
+
+
+def test_a_loop_of_steps_is_the_chain(backend):
+    torch.manual_seed(1)
+    f = jf.EnergyMLP((2, 3), 16, 2, activation="gelu").to(backend.device)
+    z = [layer.to(backend.device) for layer in (normal(8, 2), normal(8, 3))]
+    expected = jf.FastLangevin(f, n_steps=5, backend=backend.name)(z, noise_key=9)
+    for k in range(5):
+        _, grad = jf.energy_and_grad(f, z, backend=backend.name)
+        z = jf.langevin_step(z, grad, noise_key=9, step=k, backend=backend.name)
+    assert isinstance(z, list)
+    for a, b in zip(z, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_step_options(backend):
+    z, grad, eps = (normal(8, 3, seed=i).to(backend.device) for i in (1, 2, 3))
+    s = torch.linspace(0.1, 0.8, 8).to(backend.device)
+    ours = jf.langevin_step(
+        z,
+        grad,
+        step_size=s,
+        noise_scale=0.5,
+        prior=jf.GaussianPrior(mean=1.0, std=2.0),
+        maximize=False,
+        mask=torch.tensor([True, False, False]).to(backend.device),
+        noise=eps,
+        backend=backend.name,
+    )
+    s = s[:, None]
+    expected = z + s * s / 2 * (-grad + (1 - z) / 4) + s * 0.5 * eps
+    expected[:, 0] = z[:, 0]
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_energy_and_gradient_of_any_energy(backend):
+    z = normal(8, 3).to(backend.device)
+    value, grad = jf.energy_and_grad(lambda z: -(z**4).sum(1), z, backend=backend.name)
+    torch.testing.assert_close(value, -(z**4).sum(1))
+    torch.testing.assert_close(grad, -4 * z**3)
+    net = nn.Sequential(nn.Linear(3, 7), nn.SiLU(), nn.Linear(7, 1)).to(backend.device)
+    value, grad = jf.energy_and_grad(net, z[..., None, None].flatten(1), backend=backend.name)
+    leaf = z.clone().requires_grad_()
+    torch.testing.assert_close(value, net(z).detach().squeeze(1))
+    torch.testing.assert_close(grad, torch.autograd.grad(net(leaf).sum(), leaf)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_compat_joint_prior(caplog):
+    import argparse
+
+    torch.manual_seed(2)
+    f = jf.EnergyMLP((2, 3), 16, 2, activation="gelu")
+    zs = [normal(8, 2), normal(8, 3)]
+    args = argparse.Namespace(e_l_steps=12, e_l_step_size=0.4)
+    torch.manual_seed(3)
+    out = jf.compat.langevin_prior(zs, f, args)
+    torch.manual_seed(3)
+    expected = jf.FastLangevin(f, n_steps=12)(zs)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    with caplog.at_level("INFO"):
+        torch.manual_seed(3)
+        again = jf.compat.langevin_prior(zs, f, vars(args), should_print=True)
+    assert all(torch.equal(a, b) for a, b in zip(out, again, strict=True))
+    assert [r.message.split(":")[0] for r in caplog.records] == [f"Langevin prior {k:3d}/ 12" for k in (1, 6, 11, 12)]
+    still = jf.compat.langevin_prior(zs, f, {**vars(args), "e_l_with_noise": False})
+    exact = published_loop(lambda z: f(z.float()), torch.cat(zs, 1), 0.4, torch.zeros(12, 8, 5))
+    torch.testing.assert_close(torch.cat(still, 1), exact, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="args must have e_l_steps, got Namespace without it"):
+        jf.compat.langevin_prior(zs, f, argparse.Namespace(e_l_step_size=0.4))
+
+
+@pytest.mark.parametrize("form", ["identity", "tanh", "sigmoid", "softplus"])
+def test_compat_latent_prior(form, capsys):
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 1))
+    z = normal(8, 5, 1, 1)
+    args = {"e_l_steps": 9, "e_l_step_size": 0.4, "e_prior_sig": 0.7, "e_l_with_noise": False, "e_energy_form": form}
+    out, grad_norm = jf.compat.sample_langevin_prior_z(z, net, args, verbose=True)
+    energy = {
+        "identity": lambda e: e,
+        "tanh": lambda e: torch.tanh(-e),
+        "sigmoid": torch.sigmoid,
+        "softplus": nn.functional.softplus,
+    }[form]
+    steps = [
+        published_loop(lambda z: -energy(net(z)), z[..., 0, 0], 0.4, torch.zeros(n, 8, 5), std=0.7) for n in (8, 9)
+    ]
+    torch.testing.assert_close(out[..., 0, 0], steps[1], rtol=0, atol=1e-5)
+    leaf = steps[0].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(energy(net(leaf)).sum(), leaf)
+    torch.testing.assert_close(grad_norm, grad.norm(dim=1).mean(), rtol=1e-4, atol=1e-6)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"Langevin prior {k:3d}/  9" for k in (1, 6, 9)]
+    with pytest.raises(ValueError, match="e_energy_form must be identity"):
+        jf.compat.sample_langevin_prior_z(z, net, {**args, "e_energy_form": "exp"})
