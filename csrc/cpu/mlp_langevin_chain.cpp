@@ -70,6 +70,9 @@ private:
         if (record.first_bad_step) {
             for (int v = 0; v < V; ++v) {
                 const I bad = sums[v].bad != sums[v].bad;
+                int32_t any = 0;
+                for (int i = 0; i < kLanes; ++i) any |= bad[i];
+                if (any == 0) continue;
                 for (int i = 0; i < kLanes; ++i) {
                     const int c = v * kLanes + i;
                     if (bad[i] && c < count_ && record.first_bad_step[first_ + c] < 0)
