@@ -35,6 +35,11 @@ class EnergyLinear(nn.Linear):
 
     def effective_weight(self, *, keep_vectors: bool = False) -> Tensor:
         """W, or W / (uᵀ W v): differentiable in W, with u and v taken as constants."""
+        if self._forward_pre_hooks or self._forward_hooks:
+            raise ValueError(
+                "a layer of an EnergyMLP carries a forward hook (an old-style norm, pruning), which its fused forward "
+                "never runs; use EnergyMLP(spectral_norm=True), or torch.nn.utils.parametrize"
+            )
         if not self.spectral_norm:
             return self.weight
         u, v, sigma = top_singular_triple(self.weight, self.weight_u)

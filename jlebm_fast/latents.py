@@ -38,7 +38,7 @@ class LatentLayout(NamedTuple):
         return layers if self.container is list else tuple(layers)
 
 
-def _check_layer(name: str, z: object, first: Tensor) -> None:
+def _check_layer(index: int, z: object, first: Tensor) -> None:
     if (
         isinstance(z, Tensor)
         and (z.dim() == 2 or (z.dim() == 4 and z.shape[2:] == (1, 1)))
@@ -48,7 +48,7 @@ def _check_layer(name: str, z: object, first: Tensor) -> None:
     ):
         return
     raise ValueError(
-        f"{name} must be [{first.shape[0]}, dim] or [{first.shape[0]}, dim, 1, 1] {dtype_name(first.dtype)} on "
+        f"z[{index}] must be [{first.shape[0]}, dim] or [{first.shape[0]}, dim, 1, 1] {dtype_name(first.dtype)} on "
         f"{first.device} like z[0], got {describe(z)}"
     )
 
@@ -69,13 +69,13 @@ def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...]) -> tuple[Tens
     if not isinstance(z[0], Tensor) or z[0].dim() < 1 or z[0].dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"z[0] must be [chains, dim], float32 or float64, got {describe(z[0])}")
     for i, layer in enumerate(z):
-        _check_layer(f"z[{i}]", layer, z[0])
+        _check_layer(i, layer, z[0])
     layout = LatentLayout(
         list if isinstance(z, list) else tuple,
         tuple(layer.shape[1] for layer in z),
         tuple(tuple(layer.shape[2:]) for layer in z),
     )
-    return torch.cat([layer.detach().flatten(1) for layer in z], dim=1), layout
+    return torch.cat([layer if layer.dim() == 2 else layer.flatten(1) for layer in z], dim=1).detach(), layout
 
 
 def flatten_mask(mask: object, layout: LatentLayout, flat: Tensor) -> Tensor | None:

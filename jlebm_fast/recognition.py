@@ -11,8 +11,10 @@ on clones of its buffers, so that sampling leaves a power iteration or running m
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,6 +47,7 @@ _TEST_CHAINS = (3, 7)
 _TEST_TOLERANCE = 1e-9
 _PLAIN = (bool, int, float, str, type(None))
 _ABSENT = object()
+_DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 class Unrecognised(NamedTuple):
@@ -57,11 +60,15 @@ class Guards:
     """A snapshot of everything about a module, except tensors, that its structure may depend on."""
 
     def __init__(self, net: nn.Module) -> None:
-        self._classes, self._scalars, self._identities, self._lengths = [], [], [], []
+        self._classes, self._scalars, self._identities, self._lengths, self._shapes = [], [], [], [], []
         for module in net.modules():
             entries = module.__dict__
             self._classes.append((weakref.ref(module), type(module)))
-            self._scalars += [(entries, name, v) for name, v in entries.items() if type(v) in _PLAIN]
+            for holder in (entries, *(options_of(name, value) for name, value in entries.items())):
+                self._scalars += [(holder, name, v) for name, v in holder.items() if type(v) in _PLAIN]
+            self._shapes += [
+                (module._parameters, n, None if p is None else p.shape) for n, p in module._parameters.items()
+            ]
             self._identities += [(module._modules, name, id(child)) for name, child in module._modules.items()]
             hooks = (module._modules, module._parameters, module._forward_hooks, module._forward_pre_hooks)
             self._lengths += [(collection, len(collection)) for collection in (entries, *hooks)]
@@ -77,7 +84,18 @@ class Guards:
         for collection, length in self._lengths:
             if len(collection) != length:
                 return False
+        for parameters, name, shape in self._shapes:
+            parameter = parameters.get(name)
+            if (None if parameter is None else parameter.shape) != shape:
+                return False
         return all(type(ref()) is cls for ref, cls in self._classes)
+
+
+def options_of(name: str, value: object) -> dict[str, object]:
+    """What a module's attribute holds of options: those of a namespace or dict such as `self.args`."""
+    if isinstance(value, (argparse.Namespace, types.SimpleNamespace)):
+        return vars(value)
+    return value if type(value) is dict and not name.startswith("_") else {}
 
 
 class _Layer:
@@ -252,7 +270,7 @@ class EnergySource:
     def net(self) -> nn.Module | Callable[..., Tensor]:
         """The module itself, out of wrappers that only distribute or compile it."""
         net = self.energy
-        while isinstance(net, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(net, "_orig_mod"):
+        while isinstance(net, _DISTRIBUTED) or hasattr(net, "_orig_mod"):
             net = net._orig_mod if hasattr(net, "_orig_mod") else net.module
         return net
 
@@ -264,6 +282,8 @@ class EnergySource:
         energy = self.energy
         if not isinstance(energy, nn.Module):
             return energy
+        while isinstance(energy, _DISTRIBUTED):
+            energy = energy.module
         buffers = {name: buffer.clone() for name, buffer in energy.named_buffers()}
         if not buffers:
             return energy
@@ -323,8 +343,8 @@ class EnergySource:
         mlp = net.mlp(flat, context, y)
         return mlp._replace(
             spec=mlp.spec if sign == 1.0 else dataclasses.replace(mlp.spec, out_scale=sign * mlp.spec.out_scale),
-            weights=tuple(weight.detach() for weight in mlp.weights),
-            biases=tuple(None if bias is None else bias.detach() for bias in mlp.biases),
+            weights=tuple([weight.detach() for weight in mlp.weights]),
+            biases=tuple([None if bias is None else bias.detach() for bias in mlp.biases]),
         )
 
 

@@ -20,6 +20,7 @@ from .recognition import EnergySource
 from .rng import check_noise_key, draw_noise_key
 
 PRECISIONS = (None, "fp32", "tf32", "bf16")
+TORCH_PRECISIONS = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
 Latents = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 
@@ -59,8 +60,8 @@ class FastLangevin:
         prior: GaussianPrior, or None for no prior term
         maximize: True, the energy is f and p ∝ exp(f) p0 (Cui et al.); False, E and p ∝ exp(−E) p0 (the LEBM code)
         backend: "auto", "cuda", "triton", "cpu" or "eager"
-        precision: None (follow torch.get_float32_matmul_precision()), "fp32", "tf32" or "bf16"; it concerns CUDA
-            devices, on the CPU chains are always fp32
+        precision: None (follow torch.get_float32_matmul_precision()), "fp32", "tf32" or "bf16"; on the CPU chains
+            are fp32 whatever it says; eager on a GPU computes in torch's precision, and refuses another
 
     Raises:
         ValueError: an argument outside these ranges, here or at the call.
@@ -199,6 +200,7 @@ class FastLangevin:
         y: Tensor | int | None,
     ) -> ChainResult:
         """The chain on the flat tensor, where maximize has become a sign: f = sign · energy."""
+        self._check_precision(flat)
         sign = 1.0 if self.maximize else -1.0
         likelihood = None if log_likelihood is None else stepwise.Likelihood(log_likelihood, layout)
         mlp = self._source.mlp(flat, layout, context, y, sign)
@@ -208,6 +210,14 @@ class FastLangevin:
         if likelihood is None:
             return ops.mlp_langevin_chain(flat, mlp, update, self.n_steps, record, backend=self.backend)
         return stepwise.posterior_chain(flat, mlp, likelihood, update, self.n_steps, record, self.backend)
+
+    def _check_precision(self, flat: Tensor) -> None:
+        of_torch = TORCH_PRECISIONS[torch.get_float32_matmul_precision()]
+        if flat.device.type != "cpu" and self.precision not in (None, of_torch):
+            raise ValueError(
+                f"precision={self.precision!r} cannot be had: backend 'eager' on {flat.device} computes in torch's "
+                f"own, {of_torch}; call torch.set_float32_matmul_precision, or leave precision=None"
+            )
 
     def _update(
         self,

@@ -211,6 +211,19 @@ def test_state_dict_round_trip_inside_another_module(tmp_path):
     assert torch.equal(twin(normal(3, 4)), f["energy"](normal(3, 4)))
 
 
+def test_hooks_that_would_never_run_are_refused():
+    f = jf.EnergyMLP(4, 6, 2)
+    old_spectral_norm(f.layers[0])
+    with pytest.raises(ValueError, match="use EnergyMLP"):
+        f(normal(3, 4))
+    g = jf.EnergyMLP(4, 6, 2)
+    new_spectral_norm(g.layers[0], n_power_iterations=300)
+    g(normal(3, 4))
+    z, noise = normal(3, 4), normal(5, 3, 4)
+    ours = jf.FastLangevin(g, n_steps=5)(z, noise=noise)
+    torch.testing.assert_close(ours, jf.FastLangevin(lambda z: g(z), n_steps=5)(z, noise=noise), rtol=0, atol=1e-5)
+
+
 def test_from_module_copies():
     torch.manual_seed(6)
     net = nn.Sequential(

@@ -289,6 +289,12 @@ CHANGES = {
     "hook added": lambda net: net[0].register_forward_hook(lambda m, a, out: out * 2),
     "forward replaced": lambda net: setattr(net[1], "forward", lambda h: h.abs()),
     "parameter replaced": lambda net: setattr(net[0], "weight", nn.Parameter(normal(9, 10, seed=40))),
+    "parameters of another width": lambda net: (
+        setattr(net[0], "weight", nn.Parameter(normal(4, 10))),
+        setattr(net[0], "bias", nn.Parameter(normal(4))),
+        setattr(net[2], "weight", nn.Parameter(normal(1, 4))),
+    ),
+    "bias removed": lambda net: setattr(net[2], "bias", None),
     "width changed": lambda net: (net.__setitem__(0, nn.Linear(10, 5)), net.__setitem__(2, nn.Linear(5, 1))),
 }
 
@@ -302,6 +308,32 @@ def test_changes_of_structure_are_seen(change):
     change(net)
     ours = sampler(FLAT, noise=noise)
     torch.testing.assert_close(ours, published_loop(net, FLAT, 0.4, noise), rtol=0, atol=2e-5)
+
+
+def test_options_in_a_namespace_are_seen():
+    class Configured(nn.Module):
+        def __init__(self, args):
+            super().__init__()
+            self.args, self.table = args, {"scale": 2.0}
+            self.a, self.b = nn.Linear(10, 9), nn.Linear(9, 1)
+
+        def forward(self, z):
+            return self.table["scale"] * self.b(F.leaky_relu(self.a(z), self.args.slope))
+
+    net = Configured(argparse.Namespace(slope=0.2))
+    assert found(net, FLAT).spec.activation_params == (0.2,)
+    net.args.slope = 0.5
+    net.table["scale"] = -1.0
+    assert found(net, FLAT).spec.activation_params == (0.5,)
+    assert found(net, FLAT).spec.out_scale == -1.0
+
+
+def test_a_module_that_has_just_been_trained():
+    """Its old-style weights are then results of a forward, which refuse to be copied."""
+    net = Joint(old_spectral_norm)
+    net(LIST).sum().backward()
+    assert isinstance(found(net, LIST), Recognised)
+    assert net.energy.fc1.weight.grad_fn is not None
 
 
 def test_train_and_eval_are_seen():
