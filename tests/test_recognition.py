@@ -369,6 +369,14 @@ def test_sampling_leaves_module_buffers_and_random_state_alone(wrap, recognised,
     assert not net._forward_hooks
 
 
+def test_examining_a_module_draws_no_random_number():
+    random = torch.get_rng_state()
+    net = nn.Sequential(nn.Linear(10, 9), nn.Dropout(0.5), nn.Linear(9, 1))
+    torch.set_rng_state(random)
+    assert isinstance(found(net, FLAT), Unrecognised)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
 def test_parity_mode_iterates_the_power_method_as_published():
     """A plain function runs the module's own forward at every step, with all it does to its buffers."""
     torch.manual_seed(14)
