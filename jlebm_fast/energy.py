@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -136,7 +137,7 @@ class EnergyMLP(nn.Module):
 
         Args:
             net: a module that `FastLangevin` recognises; spectral norm is folded into the copied weights
-            latent_dims: widths of the latent layers that net takes (a list of them: net is called with a list)
+            latent_dims: widths of the latent layers; net may take them as a list or side by side
 
         Raises:
             ValueError: net is not recognised; the message names the layer and the reason.
@@ -148,10 +149,13 @@ class EnergyMLP(nn.Module):
         """
         from .recognition import Unrecognised, recognise  # recognition knows EnergyMLP
 
-        one = isinstance(latent_dims, int)
-        dims = (latent_dims,) if one else tuple(latent_dims)
-        layout = LatentLayout(Tensor, dims, ((),)) if one else LatentLayout(list, dims, ((),) * len(dims))
-        found = recognise(net, layout)
+        dims = (latent_dims,) if isinstance(latent_dims, int) else tuple(latent_dims)
+        if type(net) is EnergyMLP and net.latent_dims == dims:
+            return copy.deepcopy(net)
+        as_tensor = LatentLayout(Tensor, (sum(dims),), ((),))
+        found = recognise(net, as_tensor)
+        if isinstance(found, Unrecognised) and not isinstance(latent_dims, int):
+            found = recognise(net, LatentLayout(list, dims, ((),) * len(dims)))
         if isinstance(found, Unrecognised):
             raise ValueError(f"net cannot be copied into an EnergyMLP: {found.reason}")
         mlp = found.mlp()

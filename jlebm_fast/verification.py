@@ -24,7 +24,8 @@ from .stepwise import AnyEnergy
 _PARITY_FACTOR, _PARITY_FLOOR = 2.0, 1e-6
 _GRADIENT_TOLERANCE = 1e-4
 _LAW_LEVEL = 1e-4
-_LAW_CHAINS = 4096
+_LAW_COORDINATES = 1 << 16
+_CHAINS = 64
 _NOISE_KEY = 0x6A6C65626D5F6A66
 
 
@@ -66,18 +67,22 @@ def verify(
     energy: nn.Module | Callable[..., Tensor] | FastLangevin,
     z: Latents | None = None,
     *,
+    context: Tensor | None = None,
+    y: Tensor | int | None = None,
     show: bool = True,
 ) -> Certificate:
     """Check an energy and every available backend: value and gradient, whole chains, noise bits and laws.
 
         gradient   value and ∇ against torch.autograd through the energy's own forward
-        parity     a chain with the same noise: error <= 2 · error of plain torch + 1e-6, both against float64
+        parity     a step, and a fused chain, with the same noise: error <= 2 · error of plain torch + 1e-6, both
+                   against float64
         noise      eps equal to the oracle in every bit
         law        f = 0: z_k is Gaussian, v ← (1 − s²/2)² v + s²; mean, variance and Kolmogorov-Smirnov
 
     Args:
         energy: EnergyMLP, module or callable, or a FastLangevin, whose settings then hold for the chains
         z: latents to start from, in the structure that the energy takes; an EnergyMLP needs none
+        context, y: condition and chosen logit, for an energy that needs them
         show: print the certificate
 
     Returns:
@@ -100,7 +105,11 @@ def verify(
         if not is_plain_energy_mlp(net):
             raise ValueError("z must be given: latents in the structure that the energy takes, [chains, dim] or a list")
         weight = net.layers[0].weight
-        z = torch.randn(64, net.spec.dim, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+        per_chain = [len(v) for v in (sampler.step_size, sampler.noise_scale) if isinstance(v, Tensor)]
+        z = torch.randn(
+            per_chain[0] if per_chain else _CHAINS, net.spec.dim, generator=torch.Generator().manual_seed(0)
+        )
+        z = z.to(weight.device, weight.dtype)
     with chain_mode(device_of(z)):
         flat, layout = flatten_latents(z)
         tried, missing = [], []
@@ -113,20 +122,28 @@ def verify(
         checks = []
         for name in tried:
             checks += [
-                _gradient_check(sampler, z, flat, layout, name),
-                *_parity_check(sampler, flat, layout, name),
+                _gradient_check(sampler, z, flat, layout, name, context, y),
+                *_parity_checks(sampler, flat, layout, name, context, y),
                 _noise_check(flat, name),
                 *_law_checks(sampler, flat, name),
             ]
-        certificate = Certificate(sampler.explain(z), tuple(checks), tuple(missing))
+        certificate = Certificate(sampler.explain(z, context=context, y=y), tuple(checks), tuple(missing))
     if show:
         print(certificate)
     return certificate
 
 
-def _gradient_check(sampler: FastLangevin, z: Latents, flat: Tensor, layout: LatentLayout, name: str) -> Check:
-    value, grad = energy_and_grad(sampler.energy, z, backend=name)
-    expected_value, expected_grad = AnyEnergy(sampler._source.callable(), layout, None, None, 1.0)(flat)
+def _gradient_check(
+    sampler: FastLangevin,
+    z: Latents,
+    flat: Tensor,
+    layout: LatentLayout,
+    name: str,
+    context: Tensor | None,
+    y: Tensor | int | None,
+) -> Check:
+    value, grad = energy_and_grad(sampler.energy, z, context=context, y=y, backend=name)
+    expected_value, expected_grad = AnyEnergy(sampler._source.callable(), layout, context, y, 1.0)(flat)
     error = max(_error(value, expected_value), _error(flatten_latents(grad)[0], expected_grad))
     return Check(
         "gradient", name, error <= _GRADIENT_TOLERANCE, f"{error:.1e} from autograd (<= {_GRADIENT_TOLERANCE:.0e})"
@@ -155,21 +172,41 @@ def _double(record: MLP | Update) -> MLP | Update:
     return type(record)(*(convert(value) for value in record))
 
 
-def _parity_check(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, name: str) -> list[Check]:
-    mlp = sampler._source.mlp(flat, layout, None, None, 1.0 if sampler.maximize else -1.0)
-    if mlp is None or name == "eager":
+def _parity_checks(
+    sampler: FastLangevin,
+    flat: Tensor,
+    layout: LatentLayout,
+    name: str,
+    context: Tensor | None,
+    y: Tensor | int | None,
+) -> list[Check]:
+    if name == "eager":
         return []
+    update = sampler._update(flat, layout, None, None, None, _NOISE_KEY, 0, 0)
+    checks = []
+    if sampler.n_steps:
+        first = update._replace(step_coefficients=update.step_coefficients[:1])
+        grad = flat.flip(0).contiguous()
+        exact = eager.langevin_step(flat.double(), grad.double(), _double(first))
+        plain, fused = eager.langevin_step(flat, grad, first), ops.langevin_step(flat, grad, first, backend=name)
+        checks.append(_parity("langevin_step", name, fused, plain, exact))
+    mlp = sampler._source.mlp(flat, layout, context, y, 1.0 if sampler.maximize else -1.0)
+    if mlp is None:
+        return checks
     reason = backends.reason_against(name, "mlp_langevin_chain", device=flat.device, dtype=flat.dtype, spec=mlp.spec)
     if reason is not None:
-        return [Check("parity", name, True, f"chains of this energy do not run here: {reason}")]
-    update = sampler._update(flat, layout, None, None, None, _NOISE_KEY, 0, 0)
+        return [*checks, Check("parity", name, True, f"chains of this energy do not run here: {reason}")]
     n_steps = sampler.n_steps
     exact = eager.mlp_langevin_chain(flat.double(), _double(mlp), _double(update), n_steps, Record()).z
     plain = eager.mlp_langevin_chain(flat, mlp, update, n_steps, Record()).z
     fused = ops.mlp_langevin_chain(flat, mlp, update, n_steps, backend=name).z
+    return [*checks, _parity(f"mlp_langevin_chain, {n_steps} steps", name, fused, plain, exact)]
+
+
+def _parity(what: str, name: str, fused: Tensor, plain: Tensor, exact: Tensor) -> Check:
     bound = _PARITY_FACTOR * _error(plain.double(), exact) + _PARITY_FLOOR
     error = _error(fused.double(), exact)
-    return [Check("parity", name, error <= bound, f"{n_steps} steps, {error:.1e} from float64 (<= {bound:.1e})")]
+    return Check("parity", name, error <= bound, f"{what}: {error:.1e} from float64 (<= {bound:.1e})")
 
 
 def _noise_check(flat: Tensor, name: str) -> Check:
@@ -187,7 +224,7 @@ def _law_checks(sampler: FastLangevin, flat: Tensor, name: str) -> list[Check]:
     if any(isinstance(schedule, Tensor) for schedule in (sampler.step_size, sampler.noise_scale)):
         return [Check("law", name, True, "not applied: step sizes differ per chain")]
     dim = flat.shape[1]
-    z = flat.new_zeros(_LAW_CHAINS, dim)
+    z = flat.new_zeros(_LAW_COORDINATES // dim + 1, dim)
     rows = dynamics.step_coefficients(sampler.step_size, sampler.noise_scale, sampler.n_steps)
     coefficients = torch.tensor(rows, dtype=torch.float64).view(sampler.n_steps, 3).to(z.device, z.dtype)
     update = Update(coefficients, prior_precision=z.new_ones(dim), noise_key=_NOISE_KEY)

@@ -113,7 +113,8 @@ def test_every_backend_offers_the_same():
     [
         lambda: (jf.EnergyMLP((2, 3), 16, 2, spectral_norm=True), None),
         lambda: (torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.GELU(), torch.nn.Linear(8, 1)), torch.zeros(9, 5)),
-        lambda: (lambda z: -(z**4).sum(1), torch.zeros(9, 5)),
+        lambda: (lambda z: -(z**4).sum(1), torch.ones(9, 5)),
+        lambda: (jf.FastLangevin(jf.EnergyMLP(5, 8, 1), n_steps=4, step_size=torch.full((3,), 0.2)), None),
         lambda: (jf.FastLangevin(jf.EnergyMLP(5, 8, 1), n_steps=30, step_size=0.1, maximize=False), None),
     ],
 )
@@ -125,6 +126,15 @@ def test_certificates_of_sound_energies_pass(make, capsys):
     served = {status.name for status in jf.available_backends() if status.available and "cpu" in status.devices}
     assert {check.backend for check in certificate.checks} == served
     assert {name for name, _ in certificate.missing} == set(backends.NAMES) - served
+
+
+def test_certificates_of_conditional_energies():
+    f = jf.EnergyMLP(5, 8, 1, context_dim=2, out_features=3, head="logsumexp")
+    z, c = torch.randn(9, 5), torch.randn(9, 2)
+    assert jf.verify(f, z, context=c, show=False).passed
+    assert jf.verify(f, z, context=c, y=1, show=False).passed
+    with pytest.raises(ValueError, match="context must be"):
+        jf.verify(f, z)
 
 
 def test_a_wrong_kernel_fails_the_certificate(monkeypatch):

@@ -229,7 +229,7 @@ def test_from_module_copies():
     net = nn.Sequential(
         old_spectral_norm(nn.Linear(16, 20)), nn.GELU(), nn.Linear(20, 8, bias=False), nn.Tanh(), nn.Linear(8, 1)
     )
-    f = jf.EnergyMLP.from_module(net, 16)
+    f = jf.EnergyMLP.from_module(net, (6, 10))
     for _ in range(300):
         net(normal(2, 16))
     z = normal(9, 16)
@@ -249,6 +249,14 @@ class NegativeJoint(nn.Module):
 
     def forward(self, z):
         return -2 * self.net(torch.cat(z, 1)).squeeze(1)
+
+
+def test_from_module_of_an_energy_mlp_is_a_copy():
+    f = jf.EnergyMLP((2, 3), 6, 2, spectral_norm=True, context_dim=2)
+    g = jf.EnergyMLP.from_module(f, (2, 3))
+    z, c = normal(4, 5), normal(4, 2)
+    assert torch.equal(f(z, c), g(z, c))
+    assert g.layers[0].weight is not f.layers[0].weight
 
 
 def test_from_module_keeps_sign_and_layers():
