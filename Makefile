@@ -6,6 +6,9 @@ BUILD_INPUTS = pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell fi
 
 .PHONY: demo test bench lint clean
 
+# threads that wait asleep: a machine with other work to do is slowed down many times over by waiting ones that spin
+demo test: export OMP_WAIT_POLICY = passive
+
 demo: .venv/ready
 	.venv/bin/jlebm train runs/demo --overwrite
 
