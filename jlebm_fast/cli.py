@@ -25,18 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if arguments[:1] == ["bench"]:
-            return _bench(arguments[1:])
         import tyro  # noqa: F401
-
-        from .training.errors import RunError
     except ModuleNotFoundError as error:
         code = _missing_module(error)
         if arguments == ["info"]:  # must help exactly where something is missing
             print_versions()
         return code
+    from .training.errors import RunError
+
     try:
-        return _run(arguments)
+        return _bench(arguments[1:]) if arguments[:1] == ["bench"] else _run(arguments)
     except ModuleNotFoundError as error:
         return _missing_module(error)
     except RunError as error:
@@ -59,10 +57,14 @@ def _missing_module(error: ModuleNotFoundError) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    """Hands over to the benchmarks, which have their own options and their own extra."""
-    from .bench import main as bench
+    """Hands over to the benchmarks, which have their own options; those are checked here, for one style of message."""
+    import tyro
 
-    return bench(arguments) or 0
+    from .bench import main as bench
+    from .bench.report import BenchOptions
+
+    checked = _parsed(lambda: tyro.cli(BenchOptions, args=arguments, prog="jlebm bench"))
+    return bench(arguments) if isinstance(checked, BenchOptions) else checked
 
 
 def _run(arguments: list[str]) -> int:

@@ -30,10 +30,10 @@ class JointConfig:
     chain_steps, step_size  of the short-run prior chain, started at N(0, I)
     """
 
-    latent_dims: tuple[int, ...] = (4, 6, 10)
+    latent_dims: tuple[int, ...] = (2, 4, 8)
     width: int = 32
     combine: str = "add"
-    reconstruction_weight: float = 3.0
+    reconstruction_weight: float = 6.0
     prior: str = "ebm"
     energy_hidden: int = 100
     energy_depth: int = 2

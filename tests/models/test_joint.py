@@ -34,6 +34,13 @@ def test_learning_lowers_the_loss_and_separates_the_energies():
     assert gap[1] > gap[0]
 
 
+def test_the_loss_is_the_paper_s():
+    model = small_model(reconstruction_weight=2.5)
+    metrics = model.update(images_of(), model.optimisers(RATES), generator_of())
+    expected = 2.5 * metrics["reconstruction"] + metrics["kl"] - metrics["energy_posterior"]
+    torch.testing.assert_close(metrics["loss"], expected)
+
+
 def test_energy_ascends_on_posterior_samples_against_prior_samples():
     model, images = small_model(), images_of()
     optimisers = model.optimisers(RATES)

@@ -38,7 +38,7 @@ def test_help_lists_commands_and_defaults(jlebm):
         assert name in commands.stdout
     options = jlebm("train", "--help")
     assert options.returncode == 0
-    for words in ("--latent-dims", "(default: 4 6 10)", "--chain-steps", "(default: digits)", "--resume"):
+    for words in ("--latent-dims", "(default: 2 4 8)", "--chain-steps", "(default: digits)", "--resume"):
         assert words in options.stdout
 
 
@@ -81,6 +81,8 @@ def test_resume_keeps_the_options_of_the_run(jlebm, trained, tmp_path):
         (["train", "RUN", "--data", "FOLDER", "--batch-size", "37"], "--batch-size 37 needs at least"),
         (["train", "RUN", "--data", "mnist"], 'cannot download "mnist"'),
         (["train", "RUN", "--device", "cuda"], "no CUDA GPU"),
+        (["train", "RUN", "--energy-depth", "40"], "depth"),
+        (["bench", "--spoon", "3"], "--spoon"),
         (["paint"], "paint"),
         ([], "train, sample, figures"),
         (["sample"], "Run folder"),
