@@ -112,7 +112,7 @@ class ChainResult(NamedTuple):
     energy           [n_kept, chains] f at the point where step k's gradient was taken (before its update)
     grad_norm        [n_kept, chains] Euclidean norm of the gradient used there: ∇f plus extra_grad, without the prior
     displacement     [n_kept, chains] Euclidean length of step k's move
-    first_bad_step   [chains] int64, index (counted from first_step) of the first step that left z non-finite, -1 if none
+    first_bad_step   [chains] int64, index (counted from first_step) of the first step that left z not finite, or -1
     trajectory       [n_kept, chains, dim] z after step k
     """
 

@@ -58,7 +58,9 @@ class _WideMLP:
             )
             slopes.append(slope)
             h = a
-        logits = h @ mlp.weights[-1].t() if mlp.biases[-1] is None else torch.addmm(mlp.biases[-1], h, mlp.weights[-1].t())
+        logits = (
+            h @ mlp.weights[-1].t() if mlp.biases[-1] is None else torch.addmm(mlp.biases[-1], h, mlp.weights[-1].t())
+        )
         energy, delta = head_value_and_slope(mlp, logits)
         for layer in reversed(range(spec.n_hidden)):
             width = spec.widths[layer + 1]

@@ -1,9 +1,11 @@
 """Random problems for the CPU kernels, the float64 oracle, and the accuracy rule.
 
-    error(kernel) <= 2 * error(plain torch in float32) + 1e-6, both against the oracle in float64
+error(kernel) <= 2 * error(plain torch in float32) + 1e-6, both against the oracle in float64
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 
@@ -13,12 +15,14 @@ from jlebm_fast.problem import MLP, MLPSpec, Record, Update
 PARAMETER = {"leaky_relu": 0.2, "elu": 0.9, "softplus": 1.3}
 
 
-def random_mlp(widths, activation="leaky_relu", head="identity", seed=0, chains=None, context=False, out_scale=1.0, parameter=None):
+def random_mlp(
+    widths, activation="leaky_relu", head="identity", seed=0, chains=None, context=False, out_scale=1.0, parameter=None
+):
     g = torch.Generator().manual_seed(seed)
     parameter = PARAMETER.get(activation, 0.0) if parameter is None else parameter
     n_hidden = len(widths) - 2
     spec = MLPSpec(tuple(widths), (activation,) * n_hidden, (parameter,) * n_hidden, head, out_scale)
-    weights = tuple(torch.randn(b, a, generator=g) * (1.5 / a) ** 0.5 for a, b in zip(widths, widths[1:]))
+    weights = tuple(torch.randn(b, a, generator=g) * (1.5 / a) ** 0.5 for a, b in itertools.pairwise(widths))
     biases = tuple(torch.randn(b, generator=g) * 0.3 for b in widths[1:])
     context_bias = torch.randn(chains, widths[1], generator=g) if context else None
     logit = torch.randint(0, widths[-1], (chains,), generator=g) if head == "logit" else None
@@ -85,7 +89,18 @@ def main():
     """A short pass over every activation and head, for the target that JLEBM_CPU_TARGET names."""
     g = torch.Generator().manual_seed(1)
     z = torch.randn(37, 10, generator=g)
-    for activation in ("identity", "leaky_relu", "relu", "gelu", "gelu_tanh", "silu", "mish", "tanh", "softplus", "elu"):
+    for activation in (
+        "identity",
+        "leaky_relu",
+        "relu",
+        "gelu",
+        "gelu_tanh",
+        "silu",
+        "mish",
+        "tanh",
+        "softplus",
+        "elu",
+    ):
         check_energy_grad(z, random_mlp((10, 23, 17, 1), activation))
         check_chain(z, random_mlp((10, 23, 17, 1), activation), Update(step_coefficients(5), noise_key=3), 5)
     for head in ("tanh", "sigmoid", "softplus"):

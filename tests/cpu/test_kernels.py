@@ -25,10 +25,13 @@ def latents(chains, dim, seed=0):
 def test_activation_values(name):
     """phi and phi' against float64 on a dense range and where exponentials overflow: 2 * error of torch + 6e-7."""
     parameter = PARAMETER.get(name, 0.0)
-    a = torch.cat([torch.linspace(-12, 12, 200_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0, 200.0, -200.0])])
+    a = torch.cat(
+        [torch.linspace(-12, 12, 200_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0, 200.0, -200.0])]
+    )
     h, d = torch.empty_like(a), torch.empty_like(a)
     _native.load().cpu_mlp_activation(
-        activation=ACTIVATIONS.index(name), param=parameter, n=a.numel(), a=a.data_ptr(), h=h.data_ptr(), d=d.data_ptr(), n_threads=2
+        activation=ACTIVATIONS.index(name), param=parameter, n=a.numel(), a=a.data_ptr(), h=h.data_ptr(),
+        d=d.data_ptr(), n_threads=2,
     )  # fmt: skip
     exact = a.double()
     value, slope = eager.activation(name, parameter, exact), eager.activation_slope(name, parameter, exact)
@@ -61,7 +64,8 @@ def test_any_negative_slope(parameter):
 
 
 @pytest.mark.parametrize(
-    ("head", "logits"), [("identity", 1), ("tanh", 1), ("sigmoid", 1), ("softplus", 1), ("logsumexp", 1), ("logsumexp", 20), ("logit", 7)]
+    ("head", "logits"),
+    [("identity", 1), ("tanh", 1), ("sigmoid", 1), ("softplus", 1), ("logsumexp", 1), ("logsumexp", 20), ("logit", 7)],
 )
 def test_energy_and_gradient_for_every_head(head, logits):
     chains = 45
@@ -89,7 +93,9 @@ def test_dims(dim):
 @pytest.mark.parametrize("n_steps", [0, 1, 13])
 def test_chain_counts_and_steps(chains, n_steps):
     z = latents(chains, 6)
-    result = cpu.mlp_langevin_chain(z, random_mlp((6, 12, 1)), Update(step_coefficients(max(n_steps, 1)), noise_key=4), n_steps, Record())
+    result = cpu.mlp_langevin_chain(
+        z, random_mlp((6, 12, 1)), Update(step_coefficients(max(n_steps, 1)), noise_key=4), n_steps, Record()
+    )
     assert result.z.shape == z.shape
     if n_steps == 0:
         assert torch.equal(result.z, z)
@@ -167,7 +173,7 @@ def test_langevin_step(frozen):
 
 
 def test_threads_and_splits_do_not_change_a_bit():
-    """7 vectors on 1 to 5 threads: whole blocks, blocks split between workers in the middle of the chain, wide blocks."""
+    """7 vectors on 1 to 5 threads: whole blocks, blocks split between workers in mid-chain, wide blocks."""
     z, mlp = latents(100, 16), random_mlp((16, 50, 50, 1))
     update = Update(step_coefficients(60), prior_precision=torch.ones(16), noise_key=5)
     record = Record(diagnostics=True, trajectory=True, thin=7)
@@ -188,7 +194,9 @@ def test_chains_split_and_steps_split():
     z, mlp = latents(100, 16), random_mlp((16, 50, 50, 1))
     update = Update(step_coefficients(60), prior_precision=torch.ones(16), noise_key=5)
     whole = cpu.mlp_langevin_chain(z, mlp, update, 60, Record()).z
-    halves = [cpu.mlp_langevin_chain(z[i : i + 50], mlp, update._replace(first_chain=i), 60, Record()).z for i in (0, 50)]
+    halves = [
+        cpu.mlp_langevin_chain(z[i : i + 50], mlp, update._replace(first_chain=i), 60, Record()).z for i in (0, 50)
+    ]
     assert torch.equal(torch.cat(halves), whole)
     half = update._replace(step_coefficients=step_coefficients(30))
     middle = cpu.mlp_langevin_chain(z, mlp, half, 30, Record()).z
@@ -223,7 +231,8 @@ def test_many_chains_use_little_memory():
         "cpu.mlp_langevin_chain(z[:1000], mlp, Update(step_coefficients(2), noise_key=5), 2, Record())\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for n_steps in (2, 20):\n"
-        "    out = cpu.mlp_langevin_chain(z, mlp, Update(step_coefficients(n_steps), noise_key=5), n_steps, Record()).z\n"
+        "    update = Update(step_coefficients(n_steps), noise_key=5)\n"
+        "    out = cpu.mlp_langevin_chain(z, mlp, update, n_steps, Record()).z\n"
         "    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - 2 * out.nbytes\n"
         "    assert grown < 64e6, grown\n"
     )

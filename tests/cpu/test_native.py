@@ -1,4 +1,4 @@
-"""The CPU kernels in a program of their own: under the address and undefined-behaviour sanitizers, and for NEON emulated."""
+"""The CPU kernels in a program of their own: under two sanitizers (address, undefined behaviour) and as emulated NEON."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def build_and_run(compiler, extra, program, runner=()):
 
 
 def test_under_the_sanitizers(tmp_path):
-    build_and_run(
-        "c++", ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], tmp_path / "sanitized"
-    )
+    build_and_run("c++", ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], tmp_path / "sanitized")
 
 
 def test_neon_by_the_same_source(tmp_path):
