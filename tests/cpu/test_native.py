@@ -1,4 +1,4 @@
-"""The CPU kernels in a program of their own: under two sanitizers (address, undefined behaviour) and as emulated NEON."""
+"""The CPU kernels in a program of their own: under the address and undefined-behaviour sanitizers, and as NEON."""
 
 from __future__ import annotations
 
