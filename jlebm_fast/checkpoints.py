@@ -48,19 +48,17 @@ def rename_keys(energy: EnergyMLP, state_dict: dict[str, Any], prefix: str) -> N
         stems.setdefault(split[0], {})[split[1]] = key
     if len(stems) != len(energy.layers):
         return
+    here = tuple(layer.spectral_norm for layer in energy.layers)
+    there = tuple(any(_SUFFIXES[suffix] == "weight_u" for suffix in names) for names in stems.values())
+    if here != there:
+        fitting = there[0] if len(set(there)) == 1 else there
+        raise ValueError(
+            f"the checkpoint needs another spectral norm: make this EnergyMLP with spectral_norm={fitting}"
+        )
     for number, names in enumerate(stems.values()):
-        layer = energy.layers[number]
         for suffix, key in names.items():
             value = state_dict.pop(key)
             target = _SUFFIXES[suffix]
             if target == "weight" and value.dim() == 4 and value.shape[2:] == (1, 1):
                 value = value.flatten(1)  # a 1 x 1 convolution on [chains, dim, 1, 1] is a linear layer
-            if target in ("weight_u", "weight_v") and not layer.spectral_norm:
-                raise ValueError(
-                    f"the checkpoint's {key} belongs to spectral norm: make this EnergyMLP with spectral_norm=True"
-                )
             state_dict[f"{prefix}layers.{number}.{target}"] = value
-        if layer.spectral_norm and f"{prefix}layers.{number}.weight_u" not in state_dict:
-            raise ValueError(
-                f"the checkpoint's layer {number} has no spectral norm: make this EnergyMLP with spectral_norm=False"
-            )

@@ -44,7 +44,7 @@ class EnergyLinear(nn.Linear):
         if not self.spectral_norm:
             return self.weight
         u, v, sigma = top_singular_triple(self.weight, self.weight_u)
-        if keep_vectors:
+        if keep_vectors and math.isfinite(sigma):
             with torch.no_grad():
                 self.weight_u.copy_(u)
                 self.weight_v.copy_(v)
@@ -64,7 +64,8 @@ class EnergyMLP(nn.Module):
         negative_slope: slope of leaky_relu left of zero
         out_features: logits J
         head: identity, tanh, sigmoid, softplus (J = 1), logsumexp (over J logits) or logit (one chosen logit y)
-        spectral_norm: divide every weight by its largest singular value, computed to convergence (see `spectral.py`)
+        spectral_norm: divide every weight by its largest singular value, computed to convergence (see `spectral.py`);
+            or one bool per linear layer, depth + 1 of them
         context_dim: width of a condition c appended to z
 
     Shape:
@@ -94,7 +95,7 @@ class EnergyMLP(nn.Module):
         negative_slope: float = 0.2,
         out_features: int = 1,
         head: str = "identity",
-        spectral_norm: bool = False,
+        spectral_norm: bool | Sequence[bool] = False,
         context_dim: int = 0,
     ) -> None:
         super().__init__()
@@ -117,18 +118,22 @@ class EnergyMLP(nn.Module):
         parameter = {"leaky_relu": float(negative_slope), "elu": 1.0, "softplus": 1.0}.get(activation, 0.0)
         spec = MLPSpec((sum(dims), *widths, out_features), (activation,) * depth, (parameter,) * depth, head)
         check_spec(spec)
-        self._set_up(dims, spec, bool(spectral_norm), context_dim)
+        if not isinstance(spectral_norm, bool) and len(tuple(spectral_norm)) != depth + 1:
+            raise ValueError(f"spectral_norm must be a bool or {depth + 1} bools (depth + 1), got {spectral_norm!r}")
+        per_layer = (spectral_norm,) * (depth + 1) if isinstance(spectral_norm, bool) else tuple(spectral_norm)
+        self._set_up(dims, spec, per_layer, context_dim)
 
-    def _set_up(self, dims: tuple[int, ...], spec: MLPSpec, spectral_norm: bool, context_dim: int) -> None:
+    def _set_up(self, dims: tuple[int, ...], spec: MLPSpec, spectral_norm: tuple[bool, ...], context_dim: int) -> None:
         self.latent_dims = dims
         self.context_dim = context_dim
         self.spec = spec
-        self.spectral_norm = spectral_norm
+        self.spectral_norm = spectral_norm[0] if len(set(spectral_norm)) == 1 else spectral_norm
         # out_scale rides along, so that a copied energy of any sign stays what it was
         self._logit_spec = MLPSpec(spec.widths, spec.activations, spec.activation_params, "logit", spec.out_scale)
         ins = (spec.widths[0] + context_dim, *spec.widths[1:-1])
         self.layers = nn.ModuleList(
-            EnergyLinear(a, b, spectral_norm=spectral_norm) for a, b in zip(ins, spec.widths[1:], strict=True)
+            EnergyLinear(a, b, spectral_norm=bool(normed))
+            for a, b, normed in zip(ins, spec.widths[1:], spectral_norm, strict=True)
         )
 
     @classmethod
@@ -161,7 +166,7 @@ class EnergyMLP(nn.Module):
         mlp = found.mlp()
         energy = cls.__new__(cls)
         nn.Module.__init__(energy)
-        energy._set_up(dims, mlp.spec, False, 0)
+        energy._set_up(dims, mlp.spec, (False,) * len(mlp.weights), 0)
         energy.to(mlp.weights[0].device, mlp.weights[0].dtype)
         with torch.no_grad():
             for layer, weight, bias in zip(energy.layers, mlp.weights, mlp.biases, strict=True):

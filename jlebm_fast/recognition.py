@@ -102,7 +102,7 @@ class _Layer:
     """A linear layer of the user's module, found again at every call; keeps where power iterations ended, no weight."""
 
     def __init__(self, net: nn.Module, site: LinearSite) -> None:
-        self.kind = site.kind
+        self.kind, self.path = site.kind, site.path
         self.owner = weakref.ref(net.get_submodule(site.path))
         self.bias_owner = weakref.ref(net.get_submodule(site.bias_path))
         self.weight_name, self.bias_name = site.weight, site.bias
@@ -112,6 +112,20 @@ class _Layer:
         """The effective weight [out, in] and the bias of this moment."""
         bias = None if self.bias_name is None else self.bias_owner()._parameters[self.bias_name].detach()
         return effective_weight(self).detach(), bias
+
+    def converged_buffers(self) -> dict[str, Tensor]:
+        """The buffers (u, v) of a spectral norm as they would be after enough power iterations, by their names."""
+        if self.kind != "spectral":
+            return {}
+        module = self.owner()
+        new_style = hasattr(module, "parametrizations")
+        weight = (module.parametrizations.weight.original if new_style else module.weight_orig).detach().flatten(1)
+        u, v, _ = top_singular_triple(weight, self.direction if self.direction is not None else weight[:, 0])
+        prefix = f"{self.path}." if self.path else ""
+        names = (
+            ("parametrizations.weight.0._u", "parametrizations.weight.0._v") if new_style else ("weight_u", "weight_v")
+        )
+        return dict(zip((prefix + name for name in names), (u, v), strict=True))
 
 
 def effective_weight(layer: _Layer) -> Tensor:
@@ -154,6 +168,10 @@ class Recognised:
             weights = (spread_columns(weights[0], self.columns, self.spec.dim), *weights[1:])
         spec = self.spec if sign == 1.0 else self._negated
         return MLP(spec, tuple(w.contiguous() for w in weights), biases)
+
+    def converged_buffers(self) -> dict[str, Tensor]:
+        """Buffers with which the module's own forward is the energy of a chain."""
+        return {name: buffer for layer in self.layers for name, buffer in layer.converged_buffers().items()}
 
 
 def spread_columns(weight: Tensor, columns: tuple[int, ...], dim: int) -> Tensor:
@@ -277,14 +295,14 @@ class EnergySource:
     def name(self) -> str:
         return getattr(self.energy, "__name__", type(self.energy).__name__)
 
-    def callable(self) -> Callable[..., Tensor]:
-        """The energy for autograd; a module runs on clones of its buffers, made once per chain."""
+    def callable(self, changed: dict[str, Tensor] | None = None) -> Callable[..., Tensor]:
+        """The energy for autograd; a module runs on clones of its buffers, made once per chain, or on changed ones."""
         energy = self.energy
         if not isinstance(energy, nn.Module):
             return energy
         while isinstance(energy, _DISTRIBUTED):
             energy = energy.module
-        buffers = {name: buffer.clone() for name, buffer in energy.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in energy.named_buffers()} | (changed or {})
         if not buffers:
             return energy
         return lambda z, **options: torch.func.functional_call(energy, buffers, (z,), options)

@@ -113,6 +113,14 @@ def test_every_backend_offers_the_same():
     [
         lambda: (jf.EnergyMLP((2, 3), 16, 2, spectral_norm=True), None),
         lambda: (torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.GELU(), torch.nn.Linear(8, 1)), torch.zeros(9, 5)),
+        lambda: (
+            torch.nn.Sequential(
+                torch.nn.utils.spectral_norm(torch.nn.Linear(5, 8)),
+                torch.nn.GELU(),
+                torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(8, 1)),
+            ).eval(),
+            torch.ones(9, 5),
+        ),
         lambda: (lambda z: -(z**4).sum(1), torch.ones(9, 5)),
         lambda: (jf.FastLangevin(jf.EnergyMLP(5, 8, 1), n_steps=4, step_size=torch.full((3,), 0.2)), None),
         lambda: (jf.FastLangevin(jf.EnergyMLP(5, 8, 1), n_steps=30, step_size=0.1, maximize=False), None),

@@ -101,6 +101,7 @@ BAD = {
     "logits without head": (lambda: jf.EnergyMLP(4, 5, 1, out_features=3), "takes one logit, got 3; use 'logsumexp'"),
     "slope": (lambda: jf.EnergyMLP(4, 5, 1, negative_slope=float("nan")), "negative_slope must be finite"),
     "context": (lambda: jf.EnergyMLP(4, 5, 1, context_dim=-1), "context_dim must be an integer >= 0"),
+    "norms": (lambda: jf.EnergyMLP(4, 5, 1, spectral_norm=[True]), r"spectral_norm must be a bool or 2 bools"),
     "missing context": (
         lambda: jf.EnergyMLP(4, 5, 1, context_dim=2)(normal(3, 4)),
         r"context must be \[3, 2\] or \[2\]",
@@ -199,6 +200,19 @@ def test_checkpoints_that_do_not_fit_are_refused():
         jf.EnergyMLP(16, 21, 2).load_state_dict(plain.state_dict())
     with pytest.raises(RuntimeError, match="Missing key"):
         jf.EnergyMLP(16, 20, 3).load_state_dict(plain.state_dict())
+
+
+def test_checkpoints_with_a_plain_output_layer_load():
+    net, forward = named("energy", old_spectral_norm)
+    forward.fc3 = nn.Linear(20, 1)
+    for _ in range(300):
+        forward(normal(2, 16))
+    with pytest.raises(ValueError, match=r"spectral_norm=\(True, True, False\)"):
+        jf.EnergyMLP(16, 20, 2, spectral_norm=True).load_state_dict(net.state_dict())
+    f = jf.EnergyMLP(16, 20, 2, spectral_norm=(True, True, False))
+    f.load_state_dict(net.state_dict())
+    z = normal(9, 16)
+    torch.testing.assert_close(f.eval()(z), forward.eval()(z).squeeze(1), rtol=1e-4, atol=1e-6)
 
 
 def test_state_dict_round_trip_inside_another_module(tmp_path):
