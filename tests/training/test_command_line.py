@@ -81,7 +81,7 @@ def test_resume_keeps_the_options_of_the_run(jlebm, trained, tmp_path):
         (["train", "RUN", "--data", "FOLDER", "--batch-size", "37"], "--batch-size 37 needs at least"),
         (["train", "RUN", "--data", "mnist"], 'cannot download "mnist"'),
         (["train", "RUN", "--device", "cuda"], "no CUDA GPU"),
-        (["train", "RUN", "--energy-depth", "40"], "depth"),
+        (["train", "RUN", "--energy-depth", "40"], "1 to 16 hidden layers"),
         (["bench", "--spoon", "3"], "--spoon"),
         (["paint"], "paint"),
         ([], "train, sample, figures"),

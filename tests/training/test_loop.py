@@ -182,6 +182,25 @@ def test_divergence_keeps_the_last_good_checkpoint(folder_of_shapes, tmp_path):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_bad_parameters_never_reach_the_checkpoint(folder_of_shapes, tmp_path, monkeypatch):
+    from jlebm_fast.training import loop
+
+    advance = loop.Trainer.advance
+
+    def poisoned_advance(trainer):
+        values = advance(trainer)  # all losses finite, as when only a gradient overflowed
+        if trainer.step == 14:
+            next(trainer.model.generator.parameters()).data.view(-1)[0] = float("inf")
+        return values
+
+    monkeypatch.setattr(loop.Trainer, "advance", poisoned_advance)
+    with pytest.raises(RunError, match="no longer finite"):
+        train(tmp_path / "run", small_options(folder_of_shapes))
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    assert state["step"] == 7
+    assert all(torch.isfinite(p).all() for p in state["model"].values())
+
+
 def test_other_images_cannot_go_on(folder_of_shapes, tmp_path):
     images = tmp_path / "images"
     for i in range(10):
