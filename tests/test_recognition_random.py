@@ -46,7 +46,8 @@ class RandomEnergy(nn.Module):
             width = hidden
         logits = choose.choice((1, 1, 1, 4))
         self.net = nn.Sequential(*parts, nn.Linear(width, logits))
-        self.head = (lambda e: e.logsumexp(-1)) if logits > 1 else (lambda e, f=choose.choice(FORMS): f(e).squeeze(-1))
+        form = choose.choice(FORMS)
+        self.head = (lambda e: e.logsumexp(-1)) if logits > 1 else (lambda e: form(e).squeeze(-1))
         self.scale, self.shape = choose.choice((1, -1, 0.5)), choose.choice(((-1,), (-1, 1), (-1, 1, 1, 1)))
 
     def forward(self, zs):
