@@ -57,7 +57,7 @@ class TrainOptions:
     step_size: float = JointConfig.step_size
     """s of the Langevin step: drift s²/2, noise s."""
 
-    steps: int = 3000
+    steps: int = 2500
     """Learning steps, one batch each."""
 
     epochs: int = 0
