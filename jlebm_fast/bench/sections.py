@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,6 +21,7 @@ from jlebm_fast.bench.timing import Timing, interleaved
 from jlebm_fast.problem import Update
 
 MANY = 10_000
+_PEAK_SECONDS = 0.05
 RIVALS = {"eager": rivals.eager, "compiled": rivals.compiled, "jax": rivals.jax_scan}
 LABELS = {"eager": "eager loop", "compiled": "torch.compile", "jax": "jax.jit scan"}
 Say = Callable[[str], None]
@@ -32,7 +34,8 @@ class Record:
     section       "chain", "diagnostics" or "op"
     contender     a backend's name or a rival's
     gflops        arithmetic of the gradient alone per second of the whole call; None where not counted
-    fma_peak      GFLOP/s measured beside it with the same threads; None where not measured
+    fma_peak      GFLOP/s of multiply-adds, measured with the same threads before and after each turn, mean; or None
+    fma_fraction  median over the turns of the turn's GFLOP/s by the peak measured around that turn; or None
     """
 
     section: str
@@ -46,6 +49,7 @@ class Record:
     parity: dict[str, object]
     gflops: float | None = None
     fma_peak: float | None = None
+    fma_fraction: float | None = None
 
     @property
     def median(self) -> float:
@@ -94,13 +98,13 @@ class Contenders:
             self.failed.append(check)
 
     def measure(self, rounds: int, peak_of: int | None = None, flops: int | None = None) -> list[Record]:
-        """Times of all; with `peak_of` threads the FMA peak is measured before and after, the higher one counts."""
-        peaks = [peak.fma_peak(peak_of)] if peak_of else []
-        timings = interleaved(self.runs, rounds)
-        peaks += [peak.fma_peak(peak_of)] if peak_of else []
-        return [self._record(name, timing, max(peaks, default=None), flops) for name, timing in timings.items()]
+        """Times of all; with `peak_of` threads the FMA peak is measured before and after every turn."""
+        rate = functools.partial(peak.fma_peak, peak_of, _PEAK_SECONDS) if peak_of else None
+        timings = interleaved(self.runs, rounds, rate)
+        return [self._record(name, timing, flops) for name, timing in timings.items()]
 
-    def _record(self, name: str, timing: Timing, fma_peak: float | None, flops: int | None) -> Record:
+    def _record(self, name: str, timing: Timing, flops: int | None) -> Record:
+        turns = timing.turns if flops else ()
         return Record(
             section=self.section,
             op=self.op,
@@ -112,7 +116,8 @@ class Contenders:
             timing=timing.summary(),
             parity=dataclasses.asdict(self.checks[name]),
             gflops=None if flops is None else flops / timing.median / 1e9,
-            fma_peak=fma_peak,
+            fma_peak=statistics.mean(peak for _, peak in turns) if turns else None,
+            fma_fraction=statistics.median(flops / s / 1e9 / peak for s, peak in turns) if turns else None,
         )
 
 

@@ -86,7 +86,7 @@ def _faster(ours: dict | None, rival: dict | None) -> str:
 
 
 def _fraction(record: dict | None) -> str:
-    return f"{record['gflops'] / record['fma_peak']:.2f}" if record and record["fma_peak"] else ""
+    return f"{record['fma_fraction']:.2f}" if record and record["fma_fraction"] else ""
 
 
 def _chains(result: dict) -> list[str]:

@@ -15,9 +15,13 @@ _LEAST_ROUNDS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Wall-clock times of single calls, in seconds."""
+    """Wall-clock times of single calls, in seconds.
+
+    turns         (median seconds of one turn, the machine's rate measured just before and after it), if asked for
+    """
 
     seconds: tuple[float, ...]
+    turns: tuple[tuple[float, float], ...] = ()
 
     @property
     def median(self) -> float:
@@ -40,8 +44,13 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int = 7) -> dict[str, Timing]:
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], rounds: int = 7, rate: Callable[[], float] | None = None
+) -> dict[str, Timing]:
     """Calls every contender in turn, up to `rounds` times, each turn a burst of one or more timed calls.
+
+    rate    what the machine can do at this moment; called before and after every turn, because the cores of a shared
+            machine run now faster, now slower
 
     Every turn of a contender that is quick begins with one untimed call: threads of the one before have gone to sleep
     by then and caches hold this one's weights.
@@ -49,15 +58,20 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int = 7)
     first = {name: _second_call(run) for name, run in contenders.items()}
     calls = {name: max(1, math.ceil(_BURST_SECONDS / seconds)) for name, seconds in first.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     end = time.perf_counter() + _PATIENCE_SECONDS
     for done in range(rounds):
         if done >= _LEAST_ROUNDS and time.perf_counter() > end:
             break
         for name, run in contenders.items():
+            before = rate() if rate else 0.0
             if first[name] < 1.0:
                 run()
-            seconds[name] += [timed(run) for _ in range(calls[name])]
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+            turn = [timed(run) for _ in range(calls[name])]
+            seconds[name] += turn
+            if rate:
+                turns[name].append((statistics.median(turn), (before + rate()) / 2))
+    return {name: Timing(tuple(seconds[name]), tuple(turns[name])) for name in contenders}
 
 
 def _second_call(run: Callable[[], object]) -> float:
