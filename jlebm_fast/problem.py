@@ -96,6 +96,14 @@ class Update(NamedTuple):
     first_chain: int = 0
     extra_grad: Tensor | None = None
 
+    def at_step(self, step: int) -> Update:
+        """Step number `step` of this update as an update of one step; counters wrap at 2**32."""
+        return self._replace(
+            step_coefficients=self.step_coefficients[step : step + 1],
+            noise=None if self.noise is None else self.noise[step : step + 1],
+            first_step=(self.first_step + step) % (1 << 32),
+        )
+
 
 class Record(NamedTuple):
     """What a chain keeps besides its end: steps k with (k + 1) % thin == 0, so n_kept = n_steps // thin."""

@@ -19,7 +19,6 @@ from .checks import describe
 from .latents import LatentLayout
 from .modes import chain_mode
 from .problem import MLP, ChainResult, Record, Update
-from .rng import COUNTER_RANGE
 
 
 def _gradient(name: str, value: Tensor, z: Tensor) -> Tensor:
@@ -109,15 +108,6 @@ class _Recorder:
         return ChainResult(z, self.energy, self.grad_norm, self.displacement, self.first_bad_step, self.trajectory)
 
 
-def _one_step(update: Update, step: int, extra_grad: Tensor | None = None) -> Update:
-    return update._replace(
-        step_coefficients=update.step_coefficients[step : step + 1],
-        noise=None if update.noise is None else update.noise[step : step + 1],
-        first_step=(update.first_step + step) % COUNTER_RANGE,
-        extra_grad=extra_grad,
-    )
-
-
 def any_energy_chain(
     z: Tensor,
     energy: AnyEnergy,
@@ -133,7 +123,7 @@ def any_energy_chain(
     for step in range(n_steps if z.shape[0] else 0):
         value, grad = energy(z)
         extra_grad = None if likelihood is None else likelihood(z)
-        z_new = ops.langevin_step(z, grad, _one_step(update, step, extra_grad), backend=backend)
+        z_new = ops.langevin_step(z, grad, update.at_step(step)._replace(extra_grad=extra_grad), backend=backend)
         if record.diagnostics:
             recorder.note_bad(step, ~torch.isfinite(z_new).all(dim=1))
             if recorder.keeps(step):
@@ -153,7 +143,9 @@ def posterior_chain(
     ops.check_update(update, z, n_steps)
     for step in range(n_steps if z.shape[0] else 0):
         keep = Record(diagnostics=record.diagnostics)
-        one = ops.mlp_langevin_chain(z, mlp, _one_step(update, step, likelihood(z)), 1, keep, backend=backend)
+        one = ops.mlp_langevin_chain(
+            z, mlp, update.at_step(step)._replace(extra_grad=likelihood(z)), 1, keep, backend=backend
+        )
         if record.diagnostics:
             recorder.note_bad(step, one.first_bad_step >= 0)
             if recorder.keeps(step):

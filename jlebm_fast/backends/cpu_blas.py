@@ -102,7 +102,7 @@ def mlp_langevin_chain(
         at = z[rows]
         for step in range(n_steps):
             energy, grad = wide.energy_grad(at, first)
-            moved = langevin_step(at, grad, _step_of(mine, step))
+            moved = langevin_step(at, grad, mine.at_step(step))
             _record_step(result, record, rows, step, energy, grad, mine.extra_grad, at, moved)
             at = moved
         result.z[rows] = at
@@ -122,15 +122,6 @@ def _rows_of(update: Update, first: int, rows: slice) -> Update:
         noise=None if update.noise is None else update.noise[:, rows],
         first_chain=(update.first_chain + first) % (1 << 32),
         extra_grad=per_chain(update.extra_grad),
-    )
-
-
-def _step_of(update: Update, step: int) -> Update:
-    """The same as one step on its own."""
-    return update._replace(
-        step_coefficients=update.step_coefficients[step : step + 1],
-        noise=None if update.noise is None else update.noise[step : step + 1],
-        first_step=(update.first_step + step) % (1 << 32),
     )
 
 

@@ -23,7 +23,7 @@ def latents(chains, dim, seed=0):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation_values(name):
-    """phi and phi' against float64 on a dense range and where exponentials overflow: 2 * error of torch + 6e-7."""
+    """phi and phi' within a few units in the last place of float64, densely and where exponentials overflow."""
     parameter = PARAMETER.get(name, 0.0)
     a = torch.cat(
         [torch.linspace(-12, 12, 200_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0, 200.0, -200.0])]
@@ -35,12 +35,8 @@ def test_activation_values(name):
     )  # fmt: skip
     exact = a.double()
     value, slope = eager.activation(name, parameter, exact), eager.activation_slope(name, parameter, exact)
-    leaf = a.clone().requires_grad_()
-    plain = eager.activation(name, parameter, leaf)
-    (plain_slope,) = torch.autograd.grad(plain.sum(), leaf)
-    for ours, torchs, truth in ((h, plain.detach(), value), (d, plain_slope, slope)):
-        scale = 1 + truth.abs()
-        assert ((ours - truth).abs() / scale).max() <= 2 * ((torchs - truth).abs() / scale).max() + 6e-7
+    assert ((h - value).abs() <= 4e-7 * (1 + value.abs())).all()
+    assert ((d - slope).abs() <= 6e-7).all()
 
 
 def test_activation_of_nan_is_nan():
