@@ -1,18 +1,22 @@
-"""Latent-variable models with energy priors. Each model is one class with a `name`, `update` and `sample_prior`."""
+"""Latent-variable models with energy priors, and their rivals. Each is one subclass of `LatentModel`."""
 
 from .encoder import LadderEncoder, Posterior
 from .generator import LadderGenerator
-from .joint import JointConfig, JointEBM
+from .joint import JointEBM
 from .ladder import Ladder
-from .learning import LearningRates, NonFiniteLoss
+from .learning import Batch, LearningRates, LearningStep, NonFiniteLoss
+from .model import LatentModel, ModelConfig
 
 __all__ = [
-    "JointConfig",
+    "Batch",
     "JointEBM",
     "Ladder",
     "LadderEncoder",
     "LadderGenerator",
+    "LatentModel",
     "LearningRates",
+    "LearningStep",
+    "ModelConfig",
     "NonFiniteLoss",
     "Posterior",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,13 +23,10 @@ class Posterior(NamedTuple):
     mean: list[Tensor]
     log_variance: list[Tensor]
 
-    def sample(self, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Draws z_i = mean_i + std_i * eps_i, differentiable in both; noise from `generator`."""
-        zs = []
-        for mean, log_variance in zip(self.mean, self.log_variance, strict=True):
-            eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-            zs.append(mean + torch.exp(0.5 * log_variance) * eps)
-        return zs
+    def sample(self, noise: Sequence[Tensor]) -> list[Tensor]:
+        """z_i = mean_i + std_i * noise_i for standard normal noise, L tensors [n, d_i]; differentiable in both."""
+        layers = zip(self.mean, self.log_variance, noise, strict=True)
+        return [mean + torch.exp(0.5 * log_variance) * eps for mean, log_variance, eps in layers]
 
     def kl_to_standard_normal(self) -> Tensor:
         """KL(q(z|x) ‖ N(0, I)) of each image, summed over layers: [n], in nats."""

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from jlebm_fast.models import JointEBM
+from jlebm_fast.models import LatentModel
 
 from .run_folder import RunConfig, RunFolder, open_run
 from .sources import load_images, to_network, to_pixels
@@ -100,7 +100,7 @@ class _Sketch(NamedTuple):
 
     folder: RunFolder
     config: RunConfig
-    model: JointEBM
+    model: LatentModel
     held_out: Tensor
     generator: torch.Generator
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jlebm_fast.models import NonFiniteLoss
+from jlebm_fast.models import Batch, LearningStep, NonFiniteLoss
 
 from .checkpoints import load_checkpoint, save_checkpoint
 from .errors import CheckpointError, RunError
@@ -30,9 +31,10 @@ class Stopped(RunError):
 
 
 class Trainer:
-    """A model, its optimisers, its random state and its place in the images: all that a checkpoint holds.
+    """A model, its optimisers and its place in the images: all that a checkpoint holds.
 
-    Batches of epoch e follow a permutation drawn from (seed, e) alone, so a place in the images is just a step number.
+    Batches of epoch e follow a permutation drawn from (seed, e) alone, and a step's randomness is a function of the
+    seed and the step's number, so a place in the run is just a step number.
     """
 
     def __init__(self, folder: RunFolder, config: RunConfig, images: Images) -> None:
@@ -49,7 +51,8 @@ class Trainer:
         self.model = build_model(config).to(self.device)
         self.optimisers = self.model.optimisers(options.learning_rates())
         self.initial_rates = {name: opt.param_groups[0]["lr"] for name, opt in self.optimisers.items()}
-        self.generator = torch.Generator(self.device).manual_seed(options.seed)
+        # Number of the step that follows each stage of the model's learning.
+        self.stage_ends = list(itertools.accumulate(self.model.stages(options.total_steps(self.steps_per_epoch))))
         self.step = 0
         self.sums: dict[str, float] = {}  # of the metrics over the steps since the last line of metrics.jsonl
         self.summed_steps = 0
@@ -63,8 +66,6 @@ class Trainer:
             "metrics_bytes": metrics_bytes,
             "model": dict(self.model.state_dict()),
             "optimisers": {name: opt.state_dict() for name, opt in self.optimisers.items()},
-            "generator": self.generator.get_state(),
-            "torch_random_state": torch.get_rng_state(),
         }
 
     def restore(self) -> int:
@@ -75,15 +76,23 @@ class Trainer:
         try:
             for name, optimiser in self.optimisers.items():
                 optimiser.load_state_dict(state["optimisers"][name])
-            self.generator.set_state(state["generator"])
-            torch.set_rng_state(state["torch_random_state"])
             self.step, self.sums, self.summed_steps = state["step"], state["sums"], state["summed_steps"]
             return state["metrics_bytes"]
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f'"{path}" does not fit this run: {error}') from error
 
-    def batch(self) -> Tensor:
-        """The images of the current step, float32 in [-1, 1]."""
+    @property
+    def total_steps(self) -> int:
+        """Learning steps of all stages."""
+        return self.stage_ends[-1]
+
+    @property
+    def stage(self) -> int:
+        """The stage that the current step belongs to."""
+        return next(i for i, end in enumerate(self.stage_ends) if self.step < end)
+
+    def batch(self) -> Batch:
+        """The images of the current step."""
         epoch, position = divmod(self.step, self.steps_per_epoch)
         if self.epoch_order is None or self.epoch_order[0] != epoch:
             # Any fixed mixing of seed and epoch does; the odd factor keeps neighbouring seeds apart.
@@ -92,15 +101,18 @@ class Trainer:
             self.epoch_order = (epoch, order)
         size = self.options.batch_size
         rows = self.epoch_order[1][position * size : (position + 1) * size]
-        return to_network(self.images.train[rows], self.device)
+        return Batch(to_network(self.images.train[rows], self.device), rows, self.images.train)
 
     def advance(self) -> dict[str, float]:
         """One learning step; returns its metrics."""
-        decay = self.options.lr_decay ** (self.step // self.steps_per_epoch)
+        stage = self.stage
+        steps_in_stage = self.step - (self.stage_ends[stage - 1] if stage else 0)
+        decay = self.options.lr_decay ** (steps_in_stage // self.steps_per_epoch)
         for name, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
                 group["lr"] = self.initial_rates[name] * decay
-        metrics = self.model.update(self.batch(), self.optimisers, self.generator)
+        step = LearningStep(self.optimisers, self.options.seed, self.step, stage)
+        metrics = self.model.update(self.batch(), step)
         values = {name: value.item() for name, value in metrics.items()}
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -166,7 +178,7 @@ def train(
 
 def _run(trainer: Trainer, metrics: Any, stop_requested: list[int]) -> None:
     options, folder = trainer.options, trainer.folder
-    total = options.total_steps(trainer.steps_per_epoch)
+    total = trainer.total_steps
 
     def checkpoint() -> None:
         trainer.require_finite_parameters()

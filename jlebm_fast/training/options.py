@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from jlebm_fast.models import JointConfig, LearningRates
+from jlebm_fast.models import LearningRates, ModelConfig
 
 from .errors import RunError
 
@@ -24,25 +24,25 @@ class TrainOptions:
     image_size: int = 0
     """Pixels a side, a power of two; 0 takes the smallest of 16, 32, 64 that holds the images."""
 
-    latent_dims: tuple[int, ...] = JointConfig.latent_dims
+    latent_dims: tuple[int, ...] = ModelConfig.latent_dims
     """Dims of each latent layer, bottom (fine detail) to top (global form)."""
 
     prior: Literal["ebm", "gaussian"] = "ebm"
     """ebm: p(z) ∝ exp(f(z)) N(0, I). gaussian: f = 0, the variational ladder autoencoder."""
 
-    width: int = JointConfig.width
+    width: int = ModelConfig.width
     """Channels of the largest feature map of generator and encoder; doubled at each smaller one."""
 
     combine: Literal["add", "concat"] = "add"
     """How a lower latent layer meets the features from above."""
 
-    reconstruction_weight: float = JointConfig.reconstruction_weight
+    reconstruction_weight: float = ModelConfig.reconstruction_weight
     """1/(2σ²) of the observation model, for pixels in [-1, 1]."""
 
-    energy_hidden: int = JointConfig.energy_hidden
+    energy_hidden: int = ModelConfig.energy_hidden
     """Units of each hidden layer of f."""
 
-    energy_depth: int = JointConfig.energy_depth
+    energy_depth: int = ModelConfig.energy_depth
     """Hidden layers of f."""
 
     energy_activation: Literal["leaky_relu", "relu", "gelu", "silu", "mish", "tanh", "softplus", "elu"] = "leaky_relu"
@@ -51,10 +51,10 @@ class TrainOptions:
     spectral_norm: bool = False
     """Divide each weight matrix of f by its largest singular value."""
 
-    chain_steps: int = JointConfig.chain_steps
+    chain_steps: int = ModelConfig.chain_steps
     """Langevin steps of the prior chain, started at N(0, I)."""
 
-    step_size: float = JointConfig.step_size
+    step_size: float = ModelConfig.step_size
     """s of the Langevin step: drift s²/2, noise s."""
 
     steps: int = 2500
@@ -111,10 +111,10 @@ class TrainOptions:
         if not holds:
             raise RunError(f"--{name.replace('_', '-')} must be {expected}, got {getattr(self, name)}")
 
-    def model_config(self) -> JointConfig:
+    def model_config(self) -> ModelConfig:
         """The part that the model is built from."""
-        names = [field.name for field in dataclasses.fields(JointConfig)]
-        return JointConfig(**{name: getattr(self, name) for name in names})
+        names = [field.name for field in dataclasses.fields(ModelConfig)]
+        return ModelConfig(**{name: getattr(self, name) for name in names})
 
     def learning_rates(self) -> LearningRates:
         return LearningRates(self.autoencoder_lr, self.energy_lr, self.energy_weight_decay)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from jlebm_fast.models import JointEBM
+from jlebm_fast.models import JointEBM, LatentModel
 
 from .checkpoints import load_checkpoint, write_atomically
 from .errors import CheckpointError, RunError
@@ -99,9 +99,10 @@ class RunFolder:
         return [json.loads(line) for line in lines]
 
 
-def build_model(config: RunConfig) -> JointEBM:
+def build_model(config: RunConfig) -> LatentModel:
     """The untrained model of a run, on the CPU; its parameters come from torch's global random state."""
-    return MODELS[config.model](config.options.model_config(), config.image_size, config.image_channels)
+    model = MODELS[config.model]
+    return model(config.options.model_config(), config.image_size, config.image_channels, config.n_images)
 
 
 def load_state(model: torch.nn.Module, state: dict[str, Any], path: pathlib.Path) -> None:
@@ -117,7 +118,7 @@ def load_state(model: torch.nn.Module, state: dict[str, Any], path: pathlib.Path
         raise CheckpointError(f'"{path}" belongs to another model: {lines[min(1, len(lines) - 1)]}') from error
 
 
-def open_run(path: pathlib.Path | str, device: str = "auto") -> tuple[RunFolder, RunConfig, JointEBM]:
+def open_run(path: pathlib.Path | str, device: str = "auto") -> tuple[RunFolder, RunConfig, LatentModel]:
     """The trained model of a run folder, ready to sample from, in evaluation mode.
 
     Raises:

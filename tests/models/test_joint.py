@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from learning import generator_of, images_of, learn
 
-from jlebm_fast.models import JointConfig, JointEBM, LearningRates, NonFiniteLoss, Posterior
+from jlebm_fast.models import JointEBM, LearningRates, LearningStep, ModelConfig, NonFiniteLoss, Posterior
 
 RATES = LearningRates(autoencoder=1e-3, energy=1e-3)
 SMALL = {"latent_dims": (2, 3), "width": 4, "energy_hidden": 8, "chain_steps": 3}
@@ -11,21 +12,11 @@ SMALL = {"latent_dims": (2, 3), "width": 4, "energy_hidden": 8, "chain_steps": 3
 
 def small_model(seed=0, **changes):
     torch.manual_seed(seed)
-    return JointEBM(JointConfig(**SMALL | changes), image_size=16, image_channels=1)
-
-
-def images_of(n=6):
-    return torch.rand(n, 1, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
-
-
-def generator_of(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return JointEBM(ModelConfig(**SMALL | changes), image_size=16, image_channels=1)
 
 
 def test_learning_lowers_the_loss_and_separates_the_energies():
-    model, images, generator = small_model(), images_of(), generator_of()
-    optimisers = model.optimisers(RATES)
-    history = [model.update(images, optimisers, generator) for _ in range(200)]
+    history = learn(small_model(), 200, rates=RATES)
     first, last = history[0], history[-1]
     assert last["reconstruction"] < 0.5 * first["reconstruction"]
     gap = [
@@ -36,25 +27,30 @@ def test_learning_lowers_the_loss_and_separates_the_energies():
 
 def test_the_loss_is_the_paper_s():
     model = small_model(reconstruction_weight=2.5)
-    metrics = model.update(images_of(), model.optimisers(RATES), generator_of())
+    (metrics,) = learn(model, 1)
     expected = 2.5 * metrics["reconstruction"] + metrics["kl"] - metrics["energy_posterior"]
     torch.testing.assert_close(metrics["loss"], expected)
+
+
+class Still:
+    def sample(self, z, **noise):
+        return z
 
 
 def test_energy_ascends_on_posterior_samples_against_prior_samples():
     model, images = small_model(), images_of()
     optimisers = model.optimisers(RATES)
     with torch.no_grad():
-        z_posterior = model.encoder(images).sample(generator_of(5))
+        z_posterior = model.encoder(images).sample(model.standard_normal(6, generator_of(5)))
         z_prior = model.standard_normal(6, generator_of(6))
     gap = model.energy(z_posterior).mean() - model.energy(z_prior).mean()
-    model.sample_prior = lambda n, generator: z_prior
+    model.prior_chain = Still
+    FixedStart = type("Step", (LearningStep,), {"prior_start": lambda *_: z_prior})
     certain = [torch.full_like(z, -60.0) for z in z_posterior]  # log-variances: q is a point
     model.encoder.forward = lambda _: Posterior(z_posterior, certain)
     # The autoencoder has nothing to learn from here; only f moves, up its own objective.
     optimisers["autoencoder"] = torch.optim.SGD(model.generator.parameters(), lr=0.0)
-    for _ in range(20):
-        model.update(images, optimisers, generator_of())
+    learn(model, 20, images, optimisers=optimisers, step=FixedStart)
     assert model.energy(z_posterior).mean() - model.energy(z_prior).mean() > gap
 
 
@@ -65,7 +61,7 @@ def test_zero_energy_is_the_ladder_autoencoder():
         for parameter in with_energy.energy.parameters():
             parameter.zero_()
     for model in (with_energy, without):
-        metrics = model.update(images_of(), model.optimisers(RATES), generator_of())
+        (metrics,) = learn(model, 1)
     assert "energy_prior" not in metrics
     for name in ("generator", "encoder"):
         pairs = zip(getattr(with_energy, name).parameters(), getattr(without, name).parameters(), strict=True)
@@ -76,7 +72,7 @@ def test_a_non_finite_loss_changes_nothing():
     model = small_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(NonFiniteLoss, match="loss of generator and encoder is nan"):
-        model.update(images_of() * float("nan"), model.optimisers(RATES), generator_of())
+        learn(model, 1, images_of() * float("nan"))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -123,7 +119,5 @@ def test_wrong_configurations_are_named():
     "changes", [{"spectral_norm": True, "energy_depth": 4}, {"latent_dims": (5,), "combine": "concat"}]
 )
 def test_variants_learn(changes):
-    model, generator = small_model(**changes), generator_of()
-    optimisers = model.optimisers(RATES)
-    losses = [model.update(images_of(), optimisers, generator)["loss"].item() for _ in range(30)]
+    losses = [metrics["loss"] for metrics in learn(small_model(**changes), 30)]
     assert losses[-1] < losses[0]

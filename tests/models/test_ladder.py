@@ -85,7 +85,8 @@ def test_posterior_samples_have_the_posterior_law():
     many = type(posterior)(
         [m.expand(20_000, -1) for m in posterior.mean], [v.expand(20_000, -1) for v in posterior.log_variance]
     )
-    zs = many.sample(torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    zs = many.sample([torch.randn(mean.shape, generator=generator) for mean in many.mean])
     for z, mean, log_variance in zip(zs, posterior.mean, posterior.log_variance, strict=True):
         std = (0.5 * log_variance[0]).exp()
         # five standard errors of mean and of standard deviation
