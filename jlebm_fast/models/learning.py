@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +80,14 @@ class LearningStep:
         """Keyword arguments of `FastLangevin.sample` that address the noise of a chain of this step."""
         return {"noise_key": self.noise_key(purpose), "first_chain": self.first_row}
 
+    def run_chain(self, purpose: str, chain: Callable[[dict[str, Any]], Any]) -> Any:
+        """`chain(noise)`, a chain of this step under the noise of its purpose; what it returns.
+
+        A run keeps `chain` until the step is over: should the loss turn out not to be finite, the chain is run once
+        more with `return_info` among its keyword arguments, to name the Langevin step that went wrong.
+        """
+        return chain(self.chain_noise(purpose))
+
     def prior_start(self, n: int, dims: Sequence[int], device: torch.device | str = "cpu") -> list[Tensor]:
         """Where the n prior chains of this step start: N(0, I), the short-run chains of the paper."""
         return self.normal("prior start", n, dims, device)
@@ -103,8 +111,4 @@ class LearningStep:
         optimiser = self.optimisers[name]
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        self.before_optimiser_step(name)
         optimiser.step()
-
-    def before_optimiser_step(self, name: str) -> None:
-        """Between backward and step: the place for averaging over ranks and for clipping."""
