@@ -7,10 +7,11 @@ from torch import Tensor
 
 from .encoder import LadderEncoder, Posterior
 from .learning import Batch, LearningRates, LearningStep
-from .model import LatentModel, ModelConfig, adam, energy_adam, squared_error
+from .model import ModelConfig, adam, energy_adam, squared_error
+from .second_stage import Autoencoder
 
 
-class JointEBM(LatentModel):
+class JointEBM(Autoencoder):
     """A multi-layer generator whose latent layers share one energy prior, with a ladder encoder for inference.
 
         p(x, z) = N(x; g(z), σ² I) p(z),    p(z) ∝ exp(f([z_1 … z_L])) N(z; 0, I)
@@ -20,7 +21,8 @@ class JointEBM(LatentModel):
         E_q ‖x − g(z)‖²/(2σ²) + Σ_i KL(q(z_i|x) ‖ N(0, I)) − E_q f(z),
 
     and f descends E_p f(z) − E_q f(z), with z ~ p from a short Langevin chain started at N(0, I).
-    With `prior="gaussian"` there is no f: exactly the variational ladder autoencoder.
+    With `prior="gaussian"` there is no f: exactly the variational ladder autoencoder (VLAE), which the second-stage
+    priors "nce" (NCP-VAE), "vae" (two-stage VAE) and "gmm" are learned on.
 
     Arguments:
         config: see `ModelConfig`.
@@ -41,18 +43,11 @@ class JointEBM(LatentModel):
 
     def __init__(self, config: ModelConfig, image_size: int, image_channels: int, n_images: int = 0) -> None:
         super().__init__(config, image_size, image_channels, n_images)
-        if config.prior not in ("ebm", "gaussian"):
-            raise ValueError(f'prior must be "ebm" or "gaussian", got "{config.prior}"')
         self.encoder = LadderEncoder(self.ladder)
         if config.prior == "ebm":
             self.energy = self.build_energy()
             self.prior_chain()  # a wrong number of steps or step size shows here, before any training
-
-    def sample_prior(
-        self, n: int, generator: torch.Generator | None = None, n_steps: int | None = None
-    ) -> list[Tensor]:
-        z0 = self.standard_normal(n, generator)
-        return z0 if self.energy is None else self.prior_chain(n_steps).sample(z0, generator=generator)
+        self.second = self.build_second()
 
     @torch.no_grad()
     def infer(self, images: Tensor, batch: int = 500) -> Posterior:
@@ -71,9 +66,12 @@ class JointEBM(LatentModel):
         optimisers = {"autoencoder": adam(autoencoder, rates.autoencoder)}
         if self.energy is not None:
             optimisers["energy"] = energy_adam(self.energy, rates)
-        return optimisers
+        return optimisers | (self.second.optimisers(rates) if self.second is not None else {})
 
-    def update(self, batch: Batch, step: LearningStep) -> dict[str, Tensor]:
+    def posterior_sample(self, images: Tensor, noise: list[Tensor]) -> list[Tensor]:
+        return self.encoder(images).sample(noise)
+
+    def learn_autoencoder(self, batch: Batch, step: LearningStep) -> dict[str, Tensor]:
         """One learning step on a batch of images.
 
         Returns:

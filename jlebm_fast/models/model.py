@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from jlebm_fast.energy import EnergyMLP
 from jlebm_fast.sampler import FastLangevin
 
+from .gaussians import standard_normal_log_density
 from .generator import LadderGenerator
 from .ladder import Ladder
 from .learning import Batch, LearningRates, LearningStep
+
+PRIORS = ("ebm", "gaussian", "nce", "gmm", "vae")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +28,14 @@ class ModelConfig:
     width                   channels of the largest feature map
     combine                 how a lower layer meets what comes from above: "add" or "concat"
     reconstruction_weight   1/(2σ²) of the observation model
-    prior                   "ebm" for exp(f(z)) N(0, I), "gaussian" for f = 0
+    prior                   "ebm" for exp(f(z)) N(0, I), "gaussian" for f = 0; "nce", "gmm", "vae": see second_stage.py
     energy_hidden, energy_depth, energy_activation, spectral_norm     the net f
     chain_steps, step_size  of the short-run prior chain, started at N(0, I)
+    posterior_steps, posterior_step_size    of the posterior chain, in models without an encoder
+    conditional_hidden      units of the nets of conditional Gaussians
+    nce_stages, nce_sampler of the contrastive prior: number of classifiers; "chain" or "resampling"
+    mixture_components      of the Gaussian mixture
+    stage_steps             learning steps of each stage after the first; 0 for as many as the first
     """
 
     latent_dims: tuple[int, ...] = (2, 4, 8)
@@ -41,6 +49,13 @@ class ModelConfig:
     spectral_norm: bool = False
     chain_steps: int = 60
     step_size: float = 0.4
+    posterior_steps: int = 20
+    posterior_step_size: float = 0.1
+    conditional_hidden: int = 100
+    nce_stages: int = 1
+    nce_sampler: str = "chain"
+    mixture_components: int = 10
+    stage_steps: int = 0
 
 
 class LatentModel(nn.Module):
@@ -70,6 +85,8 @@ class LatentModel(nn.Module):
         super().__init__()
         if config.reconstruction_weight <= 0:
             raise ValueError(f"reconstruction_weight must be positive, got {config.reconstruction_weight}")
+        if config.prior not in PRIORS:
+            raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {config.prior}")
         self.config = config
         self.energy = None
         self.ladder = Ladder(tuple(config.latent_dims), image_size, image_channels, config.width)
@@ -113,6 +130,11 @@ class LatentModel(nn.Module):
         """z ~ p(z), all in one call: L tensors [n, d_i], detached; `n_steps` replaces the chain's configured number."""
         raise NotImplementedError
 
+    def log_prior(self, zs: list[Tensor]) -> Tensor:
+        """log p(z) up to a constant, f + log N(z; 0, I) unless a model says otherwise: [n], differentiable in z."""
+        log_density = standard_normal_log_density(zs)
+        return log_density if self.energy is None else log_density + self.energy(zs)
+
     def stages(self, steps: int) -> tuple[int, ...]:
         """Learning steps of each stage when the first has `steps`."""
         return (steps,)
@@ -127,7 +149,7 @@ class LatentModel(nn.Module):
     def update_energy(self, z_posterior: list[Tensor], step: LearningStep) -> dict[str, Tensor]:
         """f descends E_p f(z) − E_q f(z), with z ~ p from the prior chain of this step."""
         start = step.prior_start(len(z_posterior[0]), self.latent_dims, self.device)
-        z_prior = self.prior_chain().sample(start, **step.chain_noise("prior chain"))
+        z_prior = step.run_chain("prior chain", lambda noise: self.prior_chain().sample(start, **noise))
         step.prior_end(z_prior)
         energy_posterior, energy_prior = self.energy(z_posterior).mean(), self.energy(z_prior).mean()
         step.descend("energy", energy_prior - energy_posterior, "loss of the energy")
@@ -150,6 +172,12 @@ class LatentModel(nn.Module):
     def frozen_layers(self, moving: set[int]) -> list[bool]:
         """A chain's mask that freezes every layer but those in `moving` (0 is the bottom)."""
         return [layer not in moving for layer in range(len(self.latent_dims))]
+
+
+@torch.no_grad()
+def encode_in_pieces(encoder: Callable[[Tensor], list[Tensor]], images: Tensor, batch: int = 500) -> list[Tensor]:
+    """L tensors [n, d_i] of an encoder applied to many images, in pieces that keep memory small."""
+    return [torch.cat(layer) for layer in zip(*map(encoder, images.split(batch)), strict=True)]
 
 
 def squared_error(images: Tensor, reconstructions: Tensor) -> Tensor:
