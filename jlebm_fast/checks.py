@@ -26,7 +26,7 @@ def describe(value: object) -> str:
 def check_like(name: str, tensor: Tensor, shapes: tuple[tuple[int, ...], ...], like: Tensor) -> Tensor:
     """`tensor`, which must have one of `shapes` and the dtype and device of `like`."""
     if not isinstance(tensor, Tensor) or (
-        tuple(tensor.shape) not in shapes or tensor.dtype != like.dtype or tensor.device != like.device
+        tensor.shape not in shapes or tensor.dtype != like.dtype or tensor.device != like.device
     ):
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name} must be {expected} {dtype_name(like.dtype)} on {like.device}, got {describe(tensor)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from .checks import describe, dtype_name
 from .latents import LatentLayout, flatten_latents
 from .ops import check_spec
 from .problem import ACTIVATIONS, HEADS, MLP, MLPSpec
-from .spectral import top_singular_triple
+from .spectral import normalised_weights, top_singulars
 
 
 class EnergyLinear(nn.Linear):
@@ -36,21 +36,47 @@ class EnergyLinear(nn.Linear):
 
     def effective_weight(self, *, keep_vectors: bool = False) -> Tensor:
         """W, or W / (uᵀ W v): differentiable in W, with u and v taken as constants."""
-        if self._forward_pre_hooks or self._forward_hooks:
+        return effective_weights((self,), keep_vectors=keep_vectors)[0]
+
+
+def _own(layer: EnergyLinear, name: str) -> Tensor | None:
+    """layer.weight or layer.bias, in the usual case without nn.Module's slow attribute access."""
+    found = layer._parameters.get(name) if type(layer) is EnergyLinear else None
+    return getattr(layer, name) if found is None else found
+
+
+def effective_weights(layers: Iterable[EnergyLinear], *, keep_vectors: bool = False) -> list[Tensor]:
+    """The weight of each layer as the energy uses it; all norms are converged in one go.
+
+    keep_vectors writes the converged singular vectors into the layers' buffers.
+    """
+    weights, normed = [], []
+    for layer in layers:
+        if layer._forward_pre_hooks or layer._forward_hooks:
             raise ValueError(
                 "a layer of an EnergyMLP carries a forward hook (an old-style norm, pruning), which its fused forward "
                 "never runs; use EnergyMLP(spectral_norm=True), or torch.nn.utils.parametrize"
             )
-        if not self.spectral_norm:
-            return self.weight
-        u, v, sigma = top_singular_triple(self.weight, self.weight_u)
-        if keep_vectors and math.isfinite(sigma):
+        if layer.spectral_norm:
+            normed.append((len(weights), layer))
+        weights.append(_own(layer, "weight"))
+    if not normed:
+        return weights
+    pairs = [(weights[place], layer._buffers["weight_u"]) for place, layer in normed]
+    if not keep_vectors and not torch.is_grad_enabled():
+        for (place, _), weight in zip(normed, normalised_weights(pairs), strict=True):
+            weights[place] = weight
+        return weights
+    for (place, layer), top in zip(normed, top_singulars(pairs), strict=True):
+        if keep_vectors and math.isfinite(top.sigma):
             with torch.no_grad():
-                self.weight_u.copy_(u)
-                self.weight_v.copy_(v)
+                layer.weight_u.copy_(top.u)
+                layer.weight_v.copy_(top.v)
         if torch.is_grad_enabled():
-            return self.weight / torch.dot(u, torch.mv(self.weight, v))
-        return self.weight / sigma
+            weights[place] = weights[place] / torch.dot(top.u, torch.mv(weights[place], top.v))
+        else:
+            weights[place] = top.normalised
+    return weights
 
 
 class EnergyMLP(nn.Module):
@@ -197,7 +223,7 @@ class EnergyMLP(nn.Module):
 
     def check_z(self, z: Tensor) -> None:
         """z [chains, dim] with the dtype and device of the parameters."""
-        weight = self.layers[0].weight
+        weight = _own(self._modules["layers"]._modules["0"], "weight")
         if z.dim() != 2 or z.shape[1] != self.spec.dim or z.dtype != weight.dtype or z.device != weight.device:
             raise ValueError(
                 f"z must be [chains, {self.spec.dim}] {dtype_name(weight.dtype)} on {weight.device}, got {describe(z)}"
@@ -215,8 +241,9 @@ class EnergyMLP(nn.Module):
 
         keep_vectors writes the converged singular vectors of a spectral norm into their buffers.
         """
-        weights = [layer.effective_weight(keep_vectors=keep_vectors) for layer in self.layers]
-        biases = tuple(layer.bias for layer in self.layers)
+        layers = tuple(self._modules["layers"]._modules.values())  # without nn.Module's slow attribute access
+        weights = effective_weights(layers, keep_vectors=keep_vectors)
+        biases = tuple([_own(layer, "bias") for layer in layers])
         context_bias = None
         if self.context_dim:
             context_bias = F.linear(self._check_context(context, z), weights[0][:, self.spec.dim :])

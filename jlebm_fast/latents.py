@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ class LatentLayout(NamedTuple):
         if self.container is Tensor:
             return flat if not self.trailing[0] else flat.view(*flat.shape, *self.trailing[0])
         # contiguous pieces: callers call .view on them
+        if not any(self.trailing):
+            pieces = torch.split_with_sizes_copy(flat, self.dims, dim=1)
+            return list(pieces) if self.container is list else tuple(pieces)
         layers = [
             piece.contiguous() if not extra else piece.contiguous().view(*piece.shape, *extra)
             for piece, extra in zip(flat.split(self.dims, dim=1), self.trailing, strict=True)
@@ -43,7 +47,7 @@ def _check_layer(index: int, z: object, first: Tensor) -> None:
         isinstance(z, Tensor)
         and (z.dim() == 2 or (z.dim() == 4 and z.shape[2:] == (1, 1)))
         and z.shape[0] == first.shape[0]
-        and z.dtype == first.dtype
+        and z.dtype is first.dtype
         and z.device == first.device
     ):
         return
@@ -68,14 +72,27 @@ def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...]) -> tuple[Tens
         raise ValueError(f"z must be a tensor [chains, dim] or a list of layers [chains, d_l], got {describe(z)}")
     if not isinstance(z[0], Tensor) or z[0].dim() < 1 or z[0].dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"z[0] must be [chains, dim], float32 or float64, got {describe(z[0])}")
+    first = z[0]
+    chains, dtype, device = first.shape[0], first.dtype, first.device
     for i, layer in enumerate(z):
-        _check_layer(i, layer, z[0])
-    layout = LatentLayout(
-        list if isinstance(z, list) else tuple,
-        tuple(layer.shape[1] for layer in z),
-        tuple(tuple(layer.shape[2:]) for layer in z),
-    )
+        if not (
+            isinstance(layer, Tensor)
+            and layer.dim() == 2
+            and layer.shape[0] == chains
+            and layer.dtype is dtype
+            and layer.device == device
+        ):
+            _check_layer(i, layer, first)
+    container = list if isinstance(z, list) else tuple
+    if all(layer.dim() == 2 for layer in z):
+        return torch.cat(z, dim=1).detach(), _plain_layout(container, tuple([layer.shape[1] for layer in z]))
+    layout = LatentLayout(container, tuple(layer.shape[1] for layer in z), tuple(tuple(layer.shape[2:]) for layer in z))
     return torch.cat([layer if layer.dim() == 2 else layer.flatten(1) for layer in z], dim=1).detach(), layout
+
+
+@functools.lru_cache(maxsize=64)
+def _plain_layout(container: type, dims: tuple[int, ...]) -> LatentLayout:
+    return LatentLayout(container, dims, ((),) * len(dims))
 
 
 def flatten_mask(mask: object, layout: LatentLayout, flat: Tensor) -> Tensor | None:

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 
 
-@contextlib.contextmanager
-def chain_mode(device: torch.device, *, gradients: bool = False) -> Iterator[None]:
-    """Outside inference_mode (gradients of energies are taken inside a chain), autocast off: chains are float32."""
-    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-        if torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
-                yield
-        else:
-            yield
+class chain_mode:
+    """Outside inference_mode (gradients of energies are taken inside a chain), autocast off: chains are float32.
+
+    A class that enters only what differs: each of torch's own context managers costs one or two microseconds, and a
+    chain of a hundred takes a few hundred of them.
+    """
+
+    __slots__ = ("_device", "_gradients", "_others", "_was")
+
+    def __init__(self, device: torch.device, *, gradients: bool = False) -> None:
+        self._device, self._gradients = device, gradients
+
+    def __enter__(self) -> None:
+        inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(self._device.type)
+        self._others = contextlib.ExitStack() if inference or autocast else None
+        if inference:
+            self._others.enter_context(torch.inference_mode(False))
+        if autocast:
+            self._others.enter_context(torch.autocast(self._device.type, enabled=False))
+        self._was = torch.is_grad_enabled()
+        if self._was != self._gradients:
+            torch.set_grad_enabled(self._gradients)
+
+    def __exit__(self, *error: object) -> None:
+        if self._was != self._gradients:
+            torch.set_grad_enabled(self._was)
+        if self._others is not None:
+            self._others.__exit__(*error)
 
 
 def device_of(z: object) -> torch.device:

@@ -9,6 +9,7 @@ No step size appears here: `dynamics.py` turns step sizes and noise scales into 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 from torch import Tensor
@@ -48,6 +49,11 @@ class MLPSpec:
     def n_logits(self) -> int:
         return self.widths[-1]
 
+    @functools.cached_property
+    def negated(self) -> MLPSpec:
+        """The spec of −f."""
+        return dataclasses.replace(self, out_scale=-self.out_scale)
+
     @property
     def flops_per_chain_step(self) -> int:
         """Multiply-adds of one forward and one input gradient, counted as two operations each."""
@@ -79,7 +85,7 @@ class Update(NamedTuple):
     prior_precision      [dim] or [chains, dim] or None (no prior term): 1 / std²
     frozen               bool [dim] or [chains, dim] or None; True keeps a coordinate as it is
     noise                [n_steps, chains, dim] or None: eps from outside instead of the noise contract's
-    noise_key            unsigned 64-bit integer
+    noise_key            unsigned 64-bit integer; or its 64 bits in an int64 tensor [1], on the CPU or on z's device
     first_step           index of the first step in the noise field
     first_chain          index of the first chain in the noise field
     extra_grad           [chains, dim] or None: gradient of a log-likelihood, constant over the call (n_steps is 1 then)
@@ -91,7 +97,7 @@ class Update(NamedTuple):
     prior_precision: Tensor | None = None
     frozen: Tensor | None = None
     noise: Tensor | None = None
-    noise_key: int = 0
+    noise_key: int | Tensor = 0
     first_step: int = 0
     first_chain: int = 0
     extra_grad: Tensor | None = None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import types
 import weakref
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from .latents import LatentLayout
 from .modes import chain_mode
 from .ops import check_spec
 from .problem import MLP
-from .spectral import top_singular_triple
+from .spectral import top_singular_triple, top_singulars
 from .tracing import Label, LinearSite, Structure, Tracer, Untraceable, structure_of
 
 # what a forward in float64 on a foreign batch may legitimately raise; anything else is the user's to see
@@ -139,16 +138,17 @@ def effective_weight(layer: _Layer) -> Tensor:
         (hook,) = (h for h in module._forward_pre_hooks.values() if getattr(h, "name", None) == "weight")
         weight = hook.compute_weight(module)
     else:
-        if hasattr(module, "parametrizations"):
-            original, u = module.parametrizations.weight.original, module.parametrizations.weight[0]._u
+        if "parametrizations" in module._modules:
+            chain = module._modules["parametrizations"].weight
+            original, u = chain.original, chain[0]._u
         else:
-            original, u = module.weight_orig, module.weight_u
+            original, u = module._parameters["weight_orig"], module._buffers["weight_u"]
         weight = original.detach().flatten(1)
         start = layer.direction
         if start is None or start.shape != u.shape or start.dtype != u.dtype or start.device != u.device:
             start = u
-        layer.direction, _, sigma = top_singular_triple(weight, start)
-        weight = weight / sigma
+        (top,) = top_singulars([(weight, start)])
+        layer.direction, weight = top.u, top.normalised
     return weight if weight.dim() == 2 else weight.flatten(1)
 
 
@@ -157,7 +157,6 @@ class Recognised:
 
     def __init__(self, net: nn.Module, structure: Structure) -> None:
         self.spec = structure.spec
-        self._negated = dataclasses.replace(structure.spec, out_scale=-structure.spec.out_scale)
         self.columns = structure.columns
         self.layers = [_Layer(net, site) for site in structure.sites]
 
@@ -166,7 +165,7 @@ class Recognised:
         weights, biases = zip(*[layer.parameters() for layer in self.layers], strict=True)
         if self.columns is not None:
             weights = (spread_columns(weights[0], self.columns, self.spec.dim), *weights[1:])
-        spec = self.spec if sign == 1.0 else self._negated
+        spec = self.spec if sign == 1.0 else self.spec.negated
         return MLP(spec, tuple(w.contiguous() for w in weights), biases)
 
     def converged_buffers(self) -> dict[str, Tensor]:
@@ -358,16 +357,15 @@ class EnergySource:
         if layout.container is not Tensor and layout.dims != net.latent_dims:
             raise ValueError(f"z must be layers of widths {net.latent_dims}, got {layout.dims}")
         net.check_z(flat)
+        # the parameters themselves where possible: a chain runs outside autograd
         mlp = net.mlp(flat, context, y)
-        return mlp._replace(
-            spec=mlp.spec if sign == 1.0 else dataclasses.replace(mlp.spec, out_scale=sign * mlp.spec.out_scale),
-            weights=tuple([weight.detach() for weight in mlp.weights]),
-            biases=tuple([None if bias is None else bias.detach() for bias in mlp.biases]),
-        )
+        return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
 
 
 def is_plain_energy_mlp(net: object) -> bool:
     """An EnergyMLP whose forward is EnergyMLP's: no subclass that changes it, no hook, no foreign normalisation."""
-    if not isinstance(net, EnergyMLP) or type(net).forward is not EnergyMLP.forward or net._forward_hooks:
+    if not isinstance(net, EnergyMLP) or type(net).forward is not EnergyMLP.forward or "forward" in net.__dict__:
         return False
-    return not net._forward_pre_hooks and all(type(layer).__name__ == "EnergyLinear" for layer in net.layers)
+    if net._forward_hooks or net._forward_pre_hooks:
+        return False
+    return all(type(layer).__name__ == "EnergyLinear" for layer in net._modules["layers"]._modules.values())

@@ -7,6 +7,7 @@ import torch
 KEY_RANGE = 1 << 64
 # steps and chains of the noise field are counted in 32 bits, and wrap
 COUNTER_RANGE = 1 << 32
+_CPU = torch.device("cpu")
 
 
 def draw_noise_key(generator: torch.Generator | None = None) -> int:
@@ -19,8 +20,9 @@ def draw_noise_key(generator: torch.Generator | None = None) -> int:
     """
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-    device = "cpu" if generator is None else generator.device
-    low, high = torch.randint(0, 1 << 32, (2,), generator=generator, dtype=torch.int64, device=device).tolist()
+    device = _CPU if generator is None else generator.device
+    # torch.randint(0, 2**32, (2,)) by its parts, which cost half as much
+    low, high = torch.empty(2, dtype=torch.int64, device=device).random_(0, 1 << 32, generator=generator).tolist()
     return low | (high << 32)
 
 

@@ -15,24 +15,104 @@ Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networ
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .backends import _native
 from .modes import chain_mode
 
 # float32 serves the chains; float64 is where the oracle and finite differences live
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 # beyond this many products an SVD of a 50 x 50 weight is cheaper
 MAX_ITERATIONS = 40
+# larger weights gain more from the threads of a matrix library than they lose by being handed to it
+_LARGEST_NATIVE = 1 << 16
 
 
-def top_singular_triple(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
-    """(u [out], v [in], sigma) with sigma = uᵀ W v the largest singular value of W [out, in]; started from u [out].
+class TopSingular(NamedTuple):
+    """u [out], v [in] and sigma = uᵀ W v, the largest singular value of W [out, in]; normalised = W / sigma."""
+
+    u: Tensor
+    v: Tensor
+    sigma: float
+    normalised: Tensor
+
+
+def top_singulars(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[TopSingular]:
+    """`TopSingular` of several weights, each given as (W [out, in], u [out] to start from).
 
     A weight that holds NaN or infinity gives sigma = nan, and so a chain that says so in its diagnostics.
     """
+    found: list[TopSingular | None] = [None] * len(pairs)
+    small = [i for i, (weight, u) in enumerate(pairs) if _fits_native(weight, u)]
+    if small and _native.unavailable_reason() is None:
+        for i, top in zip(small, _native_singulars([pairs[i] for i in small]), strict=True):
+            found[i] = top
+    return [top or _of_one(weight, u) for top, (weight, u) in zip(found, pairs, strict=True)]
+
+
+def _fits_native(weight: Tensor, u: Tensor) -> bool:
+    return (
+        weight.dtype is torch.float32
+        and u.dtype is torch.float32
+        and weight.is_cpu
+        and u.is_cpu
+        and 0 < weight.numel() <= _LARGEST_NATIVE
+        and weight.is_contiguous()
+        and u.is_contiguous()
+    )
+
+
+def _native_singulars(pairs: list[tuple[Tensor, Tensor]]) -> list[TopSingular | None]:
+    """All of them in one native call; None where power iterations did not converge."""
+    outputs, layers = [], []
+    for weight, start in pairs:
+        n_out, n_in = weight.shape
+        u, v, normalised = (torch.empty(n, dtype=torch.float32) for n in (n_out, n_in, (n_out, n_in)))
+        outputs.append((u, v, normalised))
+        layers.append(
+            (n_out, n_in, weight.data_ptr(), start.data_ptr(), u.data_ptr(), v.data_ptr(), normalised.data_ptr())
+        )
+    sigmas = _native.load().cpu_spectral_norms(layers, TOLERANCE[torch.float32], MAX_ITERATIONS)
+    # written so that NaN, a weight that is not finite, passes
+    return [
+        None if sigma < 0 else TopSingular(u, v, sigma, normalised)
+        for (u, v, normalised), sigma in zip(outputs, sigmas, strict=True)
+    ]
+
+
+def normalised_weights(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """W / sigma of several weights, given as for `top_singulars`: what a chain needs, without the vectors."""
+    if _native.unavailable_reason() is not None or not all(_fits_native(weight, u) for weight, u in pairs):
+        return [top.normalised for top in top_singulars(pairs)]
+    floats, layers, normalised = 0, [], []
+    for weight, _ in pairs:
+        floats += sum(weight.shape)
+        normalised.append(torch.empty(weight.shape, dtype=torch.float32))
+    scratch = torch.empty(floats, dtype=torch.float32)
+    address = scratch.data_ptr()
+    for (weight, start), to in zip(pairs, normalised, strict=True):
+        n_out, n_in = weight.shape
+        v = address + 4 * n_out
+        layers.append((n_out, n_in, weight.data_ptr(), start.data_ptr(), address, v, to.data_ptr()))
+        address = v + 4 * n_in
+    sigmas = _native.load().cpu_spectral_norms(layers, TOLERANCE[torch.float32], MAX_ITERATIONS)
+    return [
+        _of_one(*pair).normalised if sigma < 0 else weight
+        for pair, sigma, weight in zip(pairs, sigmas, normalised, strict=True)
+    ]
+
+
+def _of_one(weight: Tensor, u: Tensor) -> TopSingular:
+    u, v, sigma = top_singular_triple(weight, u)
+    return TopSingular(u, v, sigma, weight.detach() / sigma)
+
+
+def top_singular_triple(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(u [out], v [in], sigma) of one weight of any size, dtype and device; `top_singulars` says what they are."""
     weight, u = weight.detach(), u.detach()
     tolerance = TOLERANCE.get(weight.dtype, TOLERANCE[torch.float32])
     if weight.device.type == "cpu" and weight.dtype in TOLERANCE:
