@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/normal.h"
+#include "cpu/gelu_table.h"
 #include "cpu/simd.h"
 #include "params.h"
 
@@ -118,6 +119,29 @@ JLEBM_INLINE F softplus_lanes(F a) { // beta = 1
 }
 
 // Exact-erf GELU: h = a Phi(a), d = Phi(a) + a pdf(a).
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+// With t = |a|: h = max(a, 0) - t Phi(-t) and d = 1/2 +- (phi'(t) - 1/2), two piecewise polynomials of one segment.
+JLEBM_INLINE F gelu_piece(const float (*table)[kGeluSegments], I segment, F r) {
+    const auto coefficient = [&](int i) {
+        return (F)_mm512_permutex2var_ps((__m512)load(table[i]), (__m512i)segment, (__m512)load(table[i] + kLanes));
+    };
+    F p = coefficient(kGeluDegree);
+#pragma GCC unroll 4
+    for (int i = kGeluDegree - 1; i >= 0; --i) p = fma(p, r, coefficient(i));
+    return p;
+}
+
+JLEBM_INLINE ValueSlope gelu_lanes(F a) {
+    const F magic = splat(12582912.0f), per_segment = splat(1.0f / kGeluSegment);
+    const F t = abs(a);
+    const F clamped = min_or_nan(splat((kGeluSegments - 1) * kGeluSegment), t);
+    const F u = fma(clamped, per_segment, magic); // the nearest segment stands in the low bits; the lookup reads five
+    const F r = fma(clamped, per_segment, magic - u);
+    const F h = fma(-clamped, gelu_piece(kGeluTail, as_int(as_uint(u)), r), max_or_nan(splat(0.0f), a));
+    const F g = gelu_piece(kGeluSlope, as_int(as_uint(u)), r);
+    return {h, as_float(as_uint(g) ^ (as_uint(a) & 0x80000000u)) + 0.5f};
+}
+#else
 // With t = |a|, E = exp(-t^2 / 2), q = 1 / (1 + 0.32 t):  Phi(-t) = E P(q), |error| <= 3.1e-8 / max(t, 1) (the form of
 // Abramowitz and Stegun 7.1.26, coefficients fitted here); both signs of a then need no branch.
 JLEBM_INLINE ValueSlope gelu_lanes(F a) {
@@ -136,6 +160,7 @@ JLEBM_INLINE ValueSlope gelu_lanes(F a) {
     // infinite a gives inf * 0 in h and d; the limit values are a or 0, and 1 or 0
     return {h, as_float(as_uint(g) ^ (as_uint(a) & 0x80000000u)) + 0.5f};
 }
+#endif
 
 template <Activation kActivation>
 JLEBM_INLINE ValueSlope activate(F a, F param) {

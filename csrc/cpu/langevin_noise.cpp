@@ -19,8 +19,8 @@ void langevin_noise(const LangevinNoiseParams& p, int n_threads) {
     schedule.run([&](const Piece& piece) {
         const int64_t step = piece.first_unit / blocks, first = piece.first_unit % blocks * kLanes;
         float* eps = memory + floats * piece.worker;
-        normals_of_step(eps, kLanes, n_groups, p.first_chain + uint32_t(first), p.first_step + uint32_t(step), p.stream,
-                        p.noise_key);
+        normals_of_step<1>(eps, n_groups, p.first_chain + uint32_t(first), p.first_step + uint32_t(step), p.stream,
+                           p.noise_key);
         rows_from_lanes<1>(p.out + step * p.chains * p.dim, eps, p.dim, first,
                            int(std::min<int64_t>(kLanes, p.chains - first)));
     });

@@ -80,10 +80,16 @@ __attribute__((noinline)) void tile_of(const float* w, const float* in, int n_in
     tile<J, V>(w, in, n_in, bias, context, out, epilogue, std::make_index_sequence<size_t(J) * V>{});
 }
 
-// out = epilogue(W in + bias + context): epilogue(at, sum) stores one vector of outputs
-template <int V, class Epilogue>
+struct NothingMore {
+    JLEBM_INLINE void operator()(int64_t, int64_t) const {}
+};
+
+// out = epilogue(W in + bias + context): epilogue(at, sum) stores one vector of outputs; after_tile(offset, n_vectors)
+// is told of each tile while it is in the first-level cache
+template <int V, class Epilogue, class AfterTile = NothingMore>
 inline void run_layer(const PackedLayer& layer, const float* in, const float* context, float* out,
-                      const Epilogue epilogue) {
+                      const Epilogue epilogue, const AfterTile after_tile = {}) {
+    const float* const begin = out;
     const Tiles tiles = tiles_of(layer.n_out);
     const float* w = layer.weights;
     const float* bias = layer.bias;
@@ -111,6 +117,7 @@ inline void run_layer(const PackedLayer& layer, const float* in, const float* co
 #undef JLEBM_TILE
         }
         static_assert(kTile <= 14, "a case per tile width");
+        after_tile(out - begin, int64_t(width) * V);
         w += int64_t(width) * layer.n_in;
         out += int64_t(width) * V * kLanes;
         if (bias) bias += width;
@@ -125,6 +132,15 @@ struct StoreSum {
 struct LeakyForward { // h = phi(a)
     float slope;
     JLEBM_INLINE void operator()(float* at, F a) const { store(at, a > 0.0f ? a : a * slope); }
+};
+template <int V>
+struct LeakyDelta { // factor * phi'(a), with a factor per row for either sign of a
+    const float *positive, *negative, *first_row;
+    JLEBM_INLINE void operator()(float* at, F a) const {
+        const int64_t row = (at - first_row) / (V * kLanes);
+        // a NaN counts as not positive, as in LeakyBackward; z itself carries it on
+        store(at, a > 0.0f ? splat(positive[row]) : splat(negative[row]));
+    }
 };
 struct LeakyBackward { // `at` holds h, whose sign is that of a: delta = sum * phi'(a)
     float slope;

@@ -22,6 +22,9 @@ struct PackedMlp {
     PackedLayer backward[kMaxHiddenLayers + 1]; // backward[l] maps delta_{l+1} to layer l's output
     bool fused[kMaxHiddenLayers];
     float slope[kMaxHiddenLayers];
+    // out_scale W_out of the one logit: delta_L / phi'(a_L) of the identity head; and times the last layer's slope
+    const float* last_delta;
+    const float* last_delta_negative;
     int widest;
 
     bool needs_logits() const { return params->head != Head::kIdentity; }
@@ -31,7 +34,7 @@ inline int64_t packed_floats(const MlpParams& mlp) {
     int64_t n = 0;
     for (int l = 0; l <= mlp.n_hidden; ++l)
         n += 2 * (int64_t(mlp.widths[l]) * mlp.widths[l + 1] + kTilePad + kArenaAlign);
-    return n;
+    return n + 2 * (mlp.widths[mlp.n_hidden] + kArenaAlign);
 }
 
 inline PackedMlp pack_mlp(const MlpParams& mlp, Arena& arena) {
@@ -53,6 +56,14 @@ inline PackedMlp pack_mlp(const MlpParams& mlp, Arena& arena) {
             packed.widest = std::max(packed.widest, n_out);
         }
     }
+    const int last = mlp.n_hidden - 1, width = mlp.widths[last + 1];
+    float* const delta = arena.take(width);
+    float* const negative = arena.take(width);
+    for (int j = 0; j < width; ++j) {
+        delta[j] = mlp.out_scale * mlp.weights[last + 1][j];
+        negative[j] = delta[j] * packed.slope[last];
+    }
+    packed.last_delta = delta, packed.last_delta_negative = negative;
     return packed;
 }
 
@@ -88,37 +99,81 @@ struct MlpWorkspace {
     }
 };
 
+// Sums w_j h_j over the rows of one tile of the last hidden layer, h [n_vectors / V][V * kLanes].
+template <int V>
+JLEBM_INLINE void add_to_logit(const float* w, const float* h, int64_t n_vectors, F* logit) {
+    F sum[V] = {};
+    for (int64_t i = 0; i < n_vectors; i += V) {
+        const F weight = splat(*w++);
+        for (int v = 0; v < V; ++v) sum[v] = fma(weight, load(h + (i + v) * kLanes), sum[v]);
+    }
+    for (int v = 0; v < V; ++v) logit[v] = logit[v] + sum[v];
+}
+
+// row j of a tile times factor[j]
+template <int V>
+JLEBM_INLINE void scale_rows(const float* factor, float* rows, int64_t n_vectors) {
+    for (int64_t i = 0; i < n_vectors; i += V) {
+        const F f = splat(*factor++);
+        for (int v = 0; v < V; ++v) store(rows + (i + v) * kLanes, load(rows + (i + v) * kLanes) * f);
+    }
+}
+
 // grad f into ws.grad; f into energy[V] if asked for
 template <int V>
 inline void energy_and_grad(const PackedMlp& packed, MlpWorkspace<V>& ws, const I* chosen, bool want_energy,
                             F* energy) {
+    constexpr int kRow = V * kLanes;
     const MlpParams& mlp = *packed.params;
     const int last = mlp.n_hidden - 1;
     const bool want_logits = want_energy || packed.needs_logits();
+    // one logit is summed tile by tile beside the last hidden layer: a layer of its own would wait on its only sum
+    const PackedLayer& out = packed.forward[last + 1];
+    const bool one_logit = want_logits && out.n_out == 1;
+    F logit[V];
+    for (int v = 0; v < V; ++v) logit[v] = out.bias ? splat(out.bias[0]) : F{};
     const float* in = ws.z;
     for (int l = 0; l <= last; ++l) {
         const float* context = l == 0 ? ws.context : nullptr;
+        const bool sum_logit = one_logit && l == last;
+        // without logits nobody needs the last h, and delta_L is at hand with a_L
+        const bool only_delta = !want_logits && l == last;
+        float* const slope = ws.slope[l];
+        const PackedLayer& layer = packed.forward[l];
         if (packed.fused[l]) {
-            float* h = ws.slope[l];
-            run_layer<V>(packed.forward[l], in, context, h, LeakyForward{packed.slope[l]});
-            in = h;
+            const LeakyForward forward{packed.slope[l]};
+            if (only_delta)
+                run_layer<V>(layer, in, context, slope,
+                             LeakyDelta<V>{packed.last_delta, packed.last_delta_negative, slope});
+            else if (sum_logit)
+                run_layer<V>(layer, in, context, slope, forward, [&](int64_t at, int64_t n_vectors) {
+                    add_to_logit<V>(out.weights + at / kRow, slope + at, n_vectors, logit);
+                });
+            else
+                run_layer<V>(layer, in, context, slope, forward);
+            in = slope;
         } else {
-            float* pre = ws.pre[l & 1];
-            run_layer<V>(packed.forward[l], in, context, pre, StoreSum{});
-            float* h = l < last || want_logits ? pre : nullptr;
-            activate_rows_of(mlp.activations[l])(pre, mlp.activation_params[l], h, ws.slope[l],
-                                                 int64_t(mlp.widths[l + 1]) * V);
+            float* const pre = only_delta ? slope : ws.pre[l & 1];
+            const ActivateRows activate = activate_rows_of(mlp.activations[l]);
+            const float param = mlp.activation_params[l];
+            run_layer<V>(layer, in, context, pre, StoreSum{}, [&](int64_t at, int64_t n_vectors) {
+                activate(pre + at, param, only_delta ? nullptr : pre + at, slope + at, n_vectors);
+                if (only_delta) scale_rows<V>(packed.last_delta + at / kRow, slope + at, n_vectors);
+                if (sum_logit) add_to_logit<V>(out.weights + at / kRow, pre + at, n_vectors, logit);
+            });
             in = pre;
         }
     }
     if (want_logits) {
-        run_layer<V>(packed.forward[last + 1], in, nullptr, ws.logits, StoreSum{});
+        if (one_logit) {
+            for (int v = 0; v < V; ++v) store(ws.logits + v * kLanes, logit[v]);
+        } else {
+            run_layer<V>(out, in, nullptr, ws.logits, StoreSum{});
+        }
         apply_head<V>(mlp, ws.logits, chosen, energy);
-    } else {
-        for (int v = 0; v < V; ++v) store(ws.logits + v * kLanes, splat(mlp.out_scale));
     }
-    const float* delta = ws.logits;
-    for (int l = last; l >= 0; --l) {
+    const float* delta = want_logits ? ws.logits : ws.slope[last];
+    for (int l = want_logits ? last : last - 1; l >= 0; --l) {
         float* to = ws.slope[l];
         if (packed.fused[l])
             run_layer<V>(packed.backward[l + 1], delta, nullptr, to, LeakyBackward{packed.slope[l]});

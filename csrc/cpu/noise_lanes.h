@@ -106,30 +106,47 @@ JLEBM_INLINE FourNormals<typename Ops::F> normals_of_words(const State& s) {
     return {{pair.cosine.a, pair.sine.a, pair.cosine.b, pair.sine.b}};
 }
 
-// eps[4 group + i][lane] for all groups of one vector of chains; rows are `row_stride` floats apart and there are
-// 4 * n_groups of them (the caller's buffer is padded to a multiple of four dims)
-inline void normals_of_step(float* eps, int64_t row_stride, int n_groups, uint32_t first_chain, uint32_t step,
-                            uint32_t stream, uint64_t noise_key) {
+// eps[4 group + i][V * kLanes] of V vectors of chains, for all groups: 4 * n_groups rows (the caller's buffer is padded
+// to a multiple of four dims)
+template <int V>
+inline void normals_of_step(float* eps, int n_groups, uint32_t first_chain, uint32_t step, uint32_t stream,
+                            uint64_t noise_key) {
+    constexpr int kRow = V * kLanes;
+    // two vectors side by side, of chains or else of groups, need more registers than sixteen
+    constexpr bool kTwoVectors = kRegisters == 32 && V == 2, kTwoGroups = kRegisters == 32 && V == 1;
     const KeySchedule<kPhiloxRounds> keys(noise_key);
-    const ChainLanes chains(first_chain);
+    const auto start = [&](int v, int group) {
+        return philox_start(ChainLanes(first_chain + uint32_t(v * kLanes)), uint32_t(group), step, stream, keys);
+    };
     int group = 0;
-    if (kRegisters == 32) { // two groups at once need more registers than sixteen
-        for (; group + 2 <= n_groups; group += 2) {
-            const auto words =
-                philox_last_rounds(side_by_side(philox_start(chains, uint32_t(group), step, stream, keys),
-                                                philox_start(chains, uint32_t(group) + 1, step, stream, keys)),
-                                   keys);
+    if constexpr (kTwoVectors) {
+        for (; group < n_groups; ++group) {
+            const auto words = philox_last_rounds(side_by_side(start(0, group), start(1, group)), keys);
             const auto normals = normals_of_words<TwinOps<NormalOps>>(words);
-            float* row = eps + int64_t(4 * group) * row_stride;
-            for (int i = 0; i < 4; ++i) store(row + i * row_stride, normals.n[i].a);
-            for (int i = 0; i < 4; ++i) store(row + (4 + i) * row_stride, normals.n[i].b);
+            float* row = eps + int64_t(4 * group) * kRow;
+            for (int i = 0; i < 4; ++i) {
+                store(row + i * kRow, normals.n[i].a);
+                store(row + i * kRow + kLanes, normals.n[i].b);
+            }
+        }
+    }
+    if constexpr (kTwoGroups) {
+        for (; group + 2 <= n_groups; group += 2) {
+            const auto words = philox_last_rounds(side_by_side(start(0, group), start(0, group + 1)), keys);
+            const auto normals = normals_of_words<TwinOps<NormalOps>>(words);
+            float* row = eps + int64_t(4 * group) * kRow;
+            for (int i = 0; i < 4; ++i) {
+                store(row + i * kRow, normals.n[i].a);
+                store(row + (4 + i) * kRow, normals.n[i].b);
+            }
         }
     }
     for (; group < n_groups; ++group) {
-        const auto words = philox_last_rounds(philox_start(chains, uint32_t(group), step, stream, keys), keys);
-        const auto normals = normals_of_words<NormalOps>(words);
-        float* row = eps + int64_t(4 * group) * row_stride;
-        for (int i = 0; i < 4; ++i) store(row + i * row_stride, normals.n[i]);
+        for (int v = 0; v < V; ++v) {
+            const auto normals = normals_of_words<NormalOps>(philox_last_rounds(start(v, group), keys));
+            float* row = eps + int64_t(4 * group) * kRow + v * kLanes;
+            for (int i = 0; i < 4; ++i) store(row + i * kRow, normals.n[i]);
+        }
     }
 }
 

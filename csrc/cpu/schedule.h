@@ -1,21 +1,20 @@
 // Who computes which steps of which chains.
 //
 // Chains are grouped into blocks of one or two units (a unit is the narrow block). Noise is a function of (chain,
-// step), so a block's steps may be split between two workers. With few blocks each worker gets an equal share of the
-// line
-//     block 0, block 1, ... each of length units * n_steps
-// and where a share ends inside a block, the worker on the right computes the block's first steps at the start of its
-// share and the worker on the left its last steps at the end of its own (McNaughton's wrap-around rule, Management
-// Science 6, 1959): as no block is longer than a share, the two pieces never overlap in time and all workers end
-// together. 100 chains are 7 vectors: on 4 workers that is 1.75 vectors each instead of 2. With many blocks, workers
-// take the next one from a counter, which also evens out cores that run slower.
+// step), so a block's steps may be computed by several workers in turn. With few blocks a free worker takes the block
+// that has most steps left, computes some of them and looks again: preemptive scheduling by longest remaining time,
+// which ends all workers together (Muntz and Coffman, Journal of the ACM 17, 1970) even where cores differ in speed,
+// as they do on shared machines. 100 chains are 7 vectors: on 4 workers that is 1.75 vectors each instead of 2. With
+// many blocks, workers take the next one from a counter.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <memory>
+#include <mutex>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "cpu/threads.h"
 
@@ -48,11 +47,12 @@ public:
         if (dynamic_ || workers_ == 1)
             run_dynamic(run_piece);
         else
-            run_shares(run_piece);
+            run_turns(run_piece);
     }
 
 private:
     static constexpr int kManyBlocks = 16; // an idle worker then waits for at most 1/16 of the time
+    static constexpr int kTurnsPerShare = 4;
 
     Piece piece(int64_t block, int64_t begin, int64_t end, int worker) const {
         const int64_t first = block * units_;
@@ -68,34 +68,54 @@ private:
         });
     }
 
-    template <class Run>
-    void run_shares(const Run& run_piece) const {
-        const std::unique_ptr<std::atomic<int>[]> first_part_done(new std::atomic<int>[size_t(n_blocks_)]);
-        for (int64_t b = 0; b < n_blocks_; ++b) first_part_done[size_t(b)].store(0, std::memory_order_relaxed);
-        const int64_t line = n_units_ * n_steps_;
-        parallel_workers(workers_, [&](int worker) {
-            const int64_t lo = line * worker / workers_, hi = line * (worker + 1) / workers_;
-            for (int64_t b = lo / (units_ * n_steps_); b < n_blocks_; ++b) {
-                const Piece whole = piece(b, 0, n_steps_, worker);
-                const int64_t start = b * units_ * n_steps_;
-                if (start >= hi) break;
-                const int64_t from = cut(lo - start, whole.units), to = cut(hi - start, whole.units);
-                if (from >= to) continue;
-                std::atomic<int>& done = first_part_done[size_t(b)];
-                if (from > 0) { // the right worker's piece: the block's first steps
-                    run_piece(piece(b, 0, n_steps_ - from, worker));
-                    done.store(1, std::memory_order_release);
-                } else {
-                    const int64_t begin = n_steps_ - to;
-                    while (begin > 0 && done.load(std::memory_order_acquire) == 0) std::this_thread::yield();
-                    run_piece(piece(b, begin, n_steps_, worker));
-                }
-            }
-        });
+    struct Block {
+        int64_t done = 0; // steps
+        bool taken = false;
+    };
+
+    // Turns shrink with the work that is left, so that all workers end within a turn or so of each other.
+    int64_t turn(int64_t units_left, int units) const {
+        const int64_t share = units_left / (int64_t(kTurnsPerShare) * workers_ * units);
+        return std::max<int64_t>(1, share);
     }
 
-    int64_t cut(int64_t along, int units) const {
-        return std::clamp<int64_t>((along + units / 2) / units, 0, n_steps_);
+    template <class Run>
+    void run_turns(const Run& run_piece) const {
+        std::vector<Block> blocks(static_cast<size_t>(n_blocks_));
+        std::mutex mutex;
+        int64_t units_left = n_units_ * n_steps_; // not yet given out, in units times steps
+        parallel_workers(workers_, [&](int worker) {
+            int64_t mine = -1, end = 0;
+            for (;;) {
+                Piece next{};
+                {
+                    const std::lock_guard<std::mutex> lock(mutex);
+                    if (mine >= 0) blocks[size_t(mine)] = {end, false};
+                    if (units_left == 0) return;
+                    // the block just left wins a tie: its state is still in this core's cache
+                    int64_t longest = 0;
+                    const int64_t last = std::exchange(mine, -1);
+                    for (int64_t i = 0; i < n_blocks_; ++i) {
+                        const int64_t b = last < 0 ? i : (last + i) % n_blocks_;
+                        const Block& block = blocks[size_t(b)];
+                        const int64_t left = (n_steps_ - block.done) * piece(b, 0, 0, 0).units;
+                        if (!block.taken && left > longest) longest = left, mine = b;
+                    }
+                    if (mine >= 0) {
+                        Block& block = blocks[size_t(mine)];
+                        const int units = piece(mine, 0, 0, 0).units;
+                        end = std::min(n_steps_, block.done + turn(units_left, units));
+                        next = piece(mine, block.done, end, worker);
+                        units_left -= (end - block.done) * units;
+                        block.taken = true;
+                    }
+                }
+                if (mine >= 0)
+                    run_piece(next);
+                else
+                    std::this_thread::yield(); // every unfinished block is being computed
+            }
+        });
     }
 
     int64_t n_units_, n_steps_, n_blocks_;

@@ -6,8 +6,8 @@
 
 namespace jlebm {
 
-// Runs task(context, worker) for worker = n - 1 .. 0, each exactly once. Workers are begun in that order: a worker may
-// wait for one with a higher number. The calling thread takes part; fewer threads than n may serve.
+// Runs task(context, worker) for worker = n - 1 .. 0, each exactly once. The calling thread takes part; fewer threads
+// than n may serve, so a worker must not wait for one that has not begun.
 void run_workers(int n, void (*task)(void* context, int worker), void* context);
 
 // "openmp: <library>" or "std::thread"

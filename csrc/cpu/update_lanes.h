@@ -60,10 +60,8 @@ struct UpdateWorkspace {
             lanes_from_rows<V>(eps, update.noise + step * n_chains * dim, dim, first, count);
             return true;
         }
-        for (int v = 0; v < V; ++v)
-            normals_of_step(eps + v * kLanes, kRow, int((dim + 3) / 4),
-                            update.first_chain + uint32_t(first) + uint32_t(v * kLanes),
-                            update.first_step + uint32_t(step), kStreamLangevin, update.noise_key);
+        normals_of_step<V>(eps, int((dim + 3) / 4), update.first_chain + uint32_t(first),
+                           update.first_step + uint32_t(step), kStreamLangevin, update.noise_key);
         return true;
     }
 };
