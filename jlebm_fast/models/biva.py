@@ -51,6 +51,7 @@ class BIVA(LatentModel):
     """
 
     name = "biva"
+    prior_name = "bidirectional hierarchy"
 
     def __init__(self, config: ModelConfig, image_size: int, image_channels: int, n_images: int = 0) -> None:
         super().__init__(config, image_size, image_channels, n_images)

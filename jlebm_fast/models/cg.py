@@ -29,6 +29,7 @@ class ConditionalVAE(LatentModel):
     """
 
     name = "cg"
+    prior_name = "conditional Gaussians"
 
     def __init__(self, config: ModelConfig, image_size: int, image_channels: int, n_images: int = 0) -> None:
         super().__init__(config, image_size, image_channels, n_images)

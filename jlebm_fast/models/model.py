@@ -139,6 +139,16 @@ class LatentModel(nn.Module):
         """Learning steps of each stage when the first has `steps`."""
         return (steps,)
 
+    @property
+    def has_prior_chain(self) -> bool:
+        """Whether p(z) is sampled by a Langevin chain."""
+        return self.energy is not None
+
+    @property
+    def prior_name(self) -> str:
+        """p(z) in words, for figures."""
+        return "energy prior" if self.energy is not None else "N(0, I)"
+
     def prior_chain(self, n_steps: int | None = None) -> FastLangevin:
         """The Langevin chain of the energy prior; `n_steps` replaces the configured number."""
         if self.energy is None:

@@ -95,9 +95,17 @@ class Autoencoder(LatentModel):
             pieces.append(torch.cat(self.posterior_sample(images, noise), dim=1))
         return torch.cat(pieces)
 
+    @property
+    def has_prior_chain(self) -> bool:
+        return super().has_prior_chain or hasattr(self.second, "chain")
+
+    @property
+    def prior_name(self) -> str:
+        names = {"nce": "contrastive prior", "gmm": "Gaussian mixture", "vae": "second VAE"}
+        return names.get(self.config.prior, super().prior_name)
+
     def prior_chain(self, n_steps: int | None = None) -> FastLangevin:
-        chain = None if self.second is None else getattr(self.second, "chain", None)
-        return super().prior_chain(n_steps) if chain is None else chain(n_steps)
+        return self.second.chain(n_steps) if hasattr(self.second, "chain") else super().prior_chain(n_steps)
 
     def sample_prior(
         self, n: int, generator: torch.Generator | None = None, n_steps: int | None = None

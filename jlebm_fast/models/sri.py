@@ -28,6 +28,7 @@ class SRI(ShortRunModel):
     """
 
     name = "sri"
+    prior_name = "conditional Gaussians"
     reference = None
 
     def __init__(self, config: ModelConfig, image_size: int, image_channels: int, n_images: int = 0) -> None:

@@ -63,8 +63,8 @@ def decode_images(encoded: Sequence[tuple[str, Any]], image_size: int | None) ->
 
 def _open(origin: str, content: Any) -> Image.Image:
     """A fully read image of mode "L" or "RGB"."""
-    if isinstance(content, np.ndarray):
-        return Image.fromarray(content)
+    if isinstance(content, list | np.ndarray):
+        return Image.fromarray(_pixels(origin, content))
     is_file = isinstance(content, str | os.PathLike)
     if not is_file and len(content) == 0:
         raise ImageError(f"{origin} is an empty image")
@@ -79,6 +79,23 @@ def _open(origin: str, content: Any) -> Image.Image:
     except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageError(f"cannot read image {origin}: {reason}") from error
+
+
+def _pixels(origin: str, content: Any) -> np.ndarray:
+    """Pixel values that a table holds as numbers, as uint8 [height, width] or [height, width, 3]."""
+    try:
+        pixels = np.asarray(content)
+        numbers = pixels.astype(np.float64)
+    except (ValueError, TypeError) as error:  # rows of different lengths, or words
+        raise ImageError(f"{origin} is no rectangle of numbers") from error
+    if pixels.ndim not in (2, 3) or pixels.size == 0 or (pixels.ndim == 3 and pixels.shape[2] != 3):
+        raise ImageError(f"{origin} must be pixels [height, width] or [height, width, 3], got {list(pixels.shape)}")
+    if not np.isfinite(numbers).all():
+        raise ImageError(f"{origin} has pixels that are NaN or infinite")
+    if numbers.min() < 0 or numbers.max() > 255 or (numbers != np.round(numbers)).any():
+        low, high = numbers.min(), numbers.max()
+        raise ImageError(f"{origin} must have pixels that are integers from 0 to 255, got {low:g} to {high:g}")
+    return numbers.astype(np.uint8)
 
 
 def _automatic_size(size: tuple[int, int]) -> int:

@@ -85,7 +85,7 @@ def make_figures(run: pathlib.Path | str, *, seed: int = 0, device: str = "auto"
     drawings: list[Callable[[_Sketch], pathlib.Path]] = [
         draw_samples, draw_reconstructions, draw_layers_swapped, draw_traverse, draw_learning,
     ]  # fmt: skip
-    if model.energy is not None:
+    if model.has_prior_chain:
         drawings += [draw_layers_masked, draw_long_chain]
     device_of_model = next(model.parameters()).device
     paths = []
@@ -110,19 +110,17 @@ class _Sketch(NamedTuple):
     def decode(self, zs: list[Tensor]) -> Tensor:
         return to_pixels(self.model.decode(zs))
 
-    @property
-    def prior_name(self) -> str:
-        return "N(0, I)" if self.model.energy is None else "joint energy prior"
-
 
 def draw_samples(sketch: _Sketch) -> pathlib.Path:
     """Held-out images, the prior's samples, and N(0, I) through the same generator."""
     n = GRID**2
     panels = [Panel("held-out images", sketch.held_out[:n], GRID)]
     panels.append(
-        Panel(f"samples: {sketch.prior_name}", sketch.decode(sketch.model.sample_prior(n, sketch.generator)), GRID)
+        Panel(
+            f"samples: {sketch.model.prior_name}", sketch.decode(sketch.model.sample_prior(n, sketch.generator)), GRID
+        )
     )
-    if sketch.model.energy is not None:
+    if sketch.model.has_prior_chain:
         z0 = sketch.model.standard_normal(n, sketch.generator)
         panels.append(Panel("same generator, z ~ N(0, I)", sketch.decode(z0), GRID))
     draw_panels(sketch.path("samples"), panels, len(panels))
@@ -236,14 +234,16 @@ def draw_long_chain(sketch: _Sketch) -> pathlib.Path:
 def draw_learning(sketch: _Sketch) -> pathlib.Path:
     """The curves of metrics.jsonl."""
     lines = sketch.folder.read_metrics()
-    names = [name for name in (lines[-1] if lines else {}) if name not in ("step", "epoch", "steps_per_second")]
+    names = list(dict.fromkeys(name for line in lines for name in line))  # stages have metrics of their own
+    names = [name for name in names if name not in ("step", "epoch", "steps_per_second")]
     groups = [[name] for name in names if not name.startswith("energy_")]
     if any(name.startswith("energy_") for name in names):
         groups.append([name for name in names if name.startswith("energy_")])
     figure = Figure(figsize=(12, 3), dpi=DPI, layout="constrained")
     for axis, group in zip(figure.subplots(1, max(len(groups), 1), squeeze=False)[0], groups, strict=False):
         for name in group:
-            axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axis.plot(*zip(*points, strict=True), label=name)
         axis.set_xlabel("step")
         axis.legend()
     _save(figure, sketch.path("learning"))
