@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _missing_module(error)
     except RunError as error:
-        return _fail(str(error))
+        # what all ranks of a run end with is said by one of them
+        return FAILURE if error.shared and os.environ.get("RANK", "0") != "0" else _fail(str(error))
     except OSError as error:  # a full disk, a folder without permission: nothing to learn from a traceback
         return _fail(f"{error.strerror or error}" + (f': "{error.filename}"' if error.filename else ""))
     except KeyboardInterrupt:
@@ -123,11 +125,10 @@ def _saved_options(run: pathlib.Path) -> TrainOptions:
 
 def _require_unchanged(saved: TrainOptions, given: TrainOptions) -> None:
     from .training.errors import RunError
-    from .training.options import RESUMABLE_CHANGES
 
     for field in dataclasses.fields(saved):
         before, now = getattr(saved, field.name), getattr(given, field.name)
-        if before != now and field.name not in RESUMABLE_CHANGES:
+        if before != now and field.name not in saved.resumable_changes():
             option = "--" + field.name.replace("_", "-")
             raise RunError(f"--resume cannot change {option} from {before} to {now}: start another run for that")
 

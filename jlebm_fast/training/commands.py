@@ -21,7 +21,8 @@ Count = Annotated[int, tyro.conf.arg(aliases=["-n"])]
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Learn a joint latent energy prior with its multi-layer generator on images, into a run folder."""
+    """Learn a joint latent energy prior with its multi-layer generator on images, or one of its rivals (--model), into
+    a run folder."""
 
     run: Run = pathlib.Path("runs/digits")
     """Run folder: config, metrics, checkpoint and figures."""
@@ -34,10 +35,13 @@ class Train:
     training: TrainOptions = dataclasses.field(default_factory=TrainOptions)
 
     def execute(self) -> int:
+        from .distributed import rank_and_size
         from .figures import make_figures
         from .loop import train
 
         folder = train(self.run, self.training, resume=self.resume, overwrite=self.overwrite)
+        if rank_and_size()[0] > 0:  # of several, one goes on to draw
+            return 0
         print(folder.checkpoint)
         if self.figures:
             _print_paths(make_figures(folder.path, seed=self.training.seed, device=self.training.device))
@@ -176,7 +180,9 @@ def _print_paths(paths: Sequence[pathlib.Path]) -> None:
 def _print_run(folder: RunFolder) -> None:
     config = folder.read_config()
     options = config.options
-    print(f"\nrun {folder.path}: model {config.model}, prior {options.prior}, latent dims {options.latent_dims}")
+    print(
+        f"\nrun {folder.path}: model {options.model}, prior {options.resolved_prior}, latent dims {options.latent_dims}"
+    )
     print(
         f"images: {options.data}, {config.n_images} of {config.image_size} pixels, {config.image_channels} channel(s)"
     )

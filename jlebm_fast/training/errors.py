@@ -2,7 +2,14 @@
 
 
 class RunError(Exception):
-    """A run cannot start or go on, for a reason its message states together with the remedy."""
+    """A run cannot start or go on, for a reason its message states together with the remedy.
+
+    shared   every rank of a run on several ranks ends with this very sentence, so that one of them says it
+    """
+
+    def __init__(self, message: str, *, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
 
 
 class ImageError(RunError):

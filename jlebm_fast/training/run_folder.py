@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from jlebm_fast.models import JointEBM, LatentModel
+from jlebm_fast.models import MODELS, LatentModel, build
 
+from .averaging import put_parameters
 from .checkpoints import load_checkpoint, write_atomically
 from .errors import CheckpointError, RunError
 from .options import TrainOptions
 
 FORMAT = 1  # of config.json and checkpoint.safetensors
-MODELS = {JointEBM.name: JointEBM}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,6 @@ class RunConfig:
     image_channels: int
     n_images: int
     image_fingerprint: str
-    model: str = JointEBM.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +63,7 @@ class RunFolder:
         return self.path / "samples"
 
     def write_config(self, config: RunConfig) -> None:
-        content = {"format": FORMAT, **dataclasses.asdict(config)}
+        content = {"format": FORMAT, "model": config.options.model, **dataclasses.asdict(config)}
         write_atomically(self.config, (json.dumps(content, indent=2) + "\n").encode())
 
     def read_config(self) -> RunConfig:
@@ -83,12 +82,12 @@ class RunFolder:
             raise RunError(f'"{self.config}" is not readable JSON: {error}') from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise RunError(f'"{self.config}" is not the configuration of a jlebm_fast run of format {FORMAT}')
-        if content.get("model") not in MODELS:
-            known = ", ".join(MODELS)
-            raise RunError(f'"{self.path}" holds a run of model "{content.get("model")}"; this version knows: {known}')
+        model = content.pop("model", None)
+        if model not in MODELS:
+            raise RunError(f'"{self.path}" holds a run of model "{model}"; this version knows: {", ".join(MODELS)}')
         try:
             options = content.pop("options")
-            options = TrainOptions(**options | {"latent_dims": tuple(options["latent_dims"])})
+            options = TrainOptions(**options | {"latent_dims": tuple(options["latent_dims"]), "model": model})
             return RunConfig(options=options, **content)
         except (TypeError, KeyError, ValueError, RunError) as error:
             raise RunError(f'"{self.config}" does not fit this version of jlebm_fast: {error}') from error
@@ -101,8 +100,8 @@ class RunFolder:
 
 def build_model(config: RunConfig) -> LatentModel:
     """The untrained model of a run, on the CPU; its parameters come from torch's global random state."""
-    model = MODELS[config.model]
-    return model(config.options.model_config(), config.image_size, config.image_channels, config.n_images)
+    options = config.options
+    return build(options.model, options.model_config(), config.image_size, config.image_channels, config.n_images)
 
 
 def load_state(model: torch.nn.Module, state: dict[str, Any], path: pathlib.Path) -> None:
@@ -119,7 +118,8 @@ def load_state(model: torch.nn.Module, state: dict[str, Any], path: pathlib.Path
 
 
 def open_run(path: pathlib.Path | str, device: str = "auto") -> tuple[RunFolder, RunConfig, LatentModel]:
-    """The trained model of a run folder, ready to sample from, in evaluation mode.
+    """The trained model of a run folder, ready to sample from, in evaluation mode: with averaged parameters, if the
+    run averages them.
 
     Raises:
         RunError: there is no run, it has no checkpoint yet, or the checkpoint is damaged or of another model.
@@ -129,7 +129,10 @@ def open_run(path: pathlib.Path | str, device: str = "auto") -> tuple[RunFolder,
     if not folder.checkpoint.is_file():
         raise CheckpointError(f'"{folder.path}" has no checkpoint yet: let jlebm train write one')
     model = build_model(config).to(pick_device(device))
-    load_state(model, load_checkpoint(folder.checkpoint), folder.checkpoint)
+    state = load_checkpoint(folder.checkpoint)
+    load_state(model, state, folder.checkpoint)
+    if "average" in state:
+        put_parameters(dict(model.named_parameters()), state["average"])
     return folder, config, model.eval()
 
 
