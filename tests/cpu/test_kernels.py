@@ -75,7 +75,7 @@ def test_depths(n_hidden):
     check_energy_grad(latents(20, 6), random_mlp((6, *(11 for _ in range(n_hidden)), 1), "tanh"))
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6, 7, 13, 14, 15, 27, 28, 29, 43, 50, 100, 200, 255, 511])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6, 7, 13, 14, 15, 27, 28, 29, 43, 50, 100, 200, 255, 511, 1024])
 def test_widths_around_every_tile(width):
     check_energy_grad(latents(35, 5), random_mlp((5, width, max(1, width // 2), 1), "silu"))
 
@@ -102,7 +102,7 @@ def test_chain_counts_and_steps(chains, n_steps):
 def test_wide_layers_through_the_matrix_library(monkeypatch):
     from jlebm_fast.backends import cpu_blas
 
-    mlp = random_mlp((10, 600, 530, 3), "gelu", "logsumexp", chains=50, context=True)
+    mlp = random_mlp((10, 1025, 530, 3), "gelu", "logsumexp", chains=50, context=True)
     check_energy_grad(latents(50, 10), mlp)
     update = Update(
         step_coefficients(4),
