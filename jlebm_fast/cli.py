@@ -73,6 +73,7 @@ def _run(arguments: list[str]) -> int:
     import tyro
 
     from .training.commands import COMMANDS
+    from .training.distributed import require_one_process
 
     def parse(default: Any = None) -> Any:
         if default is not None:
@@ -92,6 +93,8 @@ def _run(arguments: list[str]) -> int:
         if not dataclasses.is_dataclass(command):
             return int(command)
         _require_unchanged(saved.training, command.training)
+    if arguments[0] != "train":
+        require_one_process(arguments[0])
     return command.execute()
 
 

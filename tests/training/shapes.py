@@ -27,3 +27,15 @@ def write_folder(root: pathlib.Path, n: int = 40, size: int = 16, colour: bool =
         image = Image.fromarray(shape_pixels(i, size))
         (image.convert("RGB") if colour else image).save(folder / f"{i:03d}.png")
     return root
+
+
+# The options of a run that takes moments.
+SMALL_RUN = {
+    "latent_dims": (2, 3),
+    "width": 4,
+    "energy_hidden": 8,
+    "chain_steps": 3,
+    "batch_size": 8,
+    "log_every": 4,
+    "checkpoint_every": 7,
+}

@@ -1,0 +1,177 @@
+"""Two gloo ranks at one run: the same chains as one process, one writer, and an end for all when one ends."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from ranked_run import KINDS, recorded_run
+from shapes import TINY
+
+from jlebm_fast.training.checkpoints import load_checkpoint
+from jlebm_fast.training.distributed import rank_and_size, require_one_process
+from jlebm_fast.training.errors import RunError
+from jlebm_fast.training.run_folder import RunFolder
+
+HERE = pathlib.Path(__file__).parent
+QUIET = ["--no-figures", "--device", "cpu", *TINY]
+
+
+def environment(**more):
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **more}
+
+
+def two_ranks(commands):
+    """Finished processes of two ranks that found each other on a port of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **place),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, command in enumerate(commands)
+    ]
+    said = [process.communicate(timeout=100) for process in processes]
+    return [
+        subprocess.CompletedProcess(p.args, p.returncode, out, err)
+        for p, (out, err) in zip(processes, said, strict=True)
+    ]
+
+
+def jlebm_twice(*arguments, second=()):
+    command = ["-m", "jlebm_fast", *arguments]
+    return two_ranks([command, [*command, *second]])
+
+
+def sentences(process):
+    return [line for line in process.stderr.splitlines() if line.startswith("jlebm: ")]
+
+
+@pytest.fixture(scope="module")
+def both(folder_of_shapes, tmp_path_factory):
+    """(what one process saw, what each of two ranks saw, the ranks' folder)."""
+    root = tmp_path_factory.mktemp("ranks")
+    (root / "two").mkdir()
+    for process in two_ranks([[HERE / "ranked_run.py", root / "two", folder_of_shapes]] * 2):
+        assert process.returncode == 0, process.stderr
+    ranks = [torch.load(root / "two" / f"rank{r}.pt", weights_only=False) for r in range(2)]
+    return recorded_run(root / "one", folder_of_shapes), ranks, root / "two"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ranks_chains_are_those_of_one_process_bit_for_bit(both, kind):
+    one, ranks, _ = both
+    for what in ("starts", "ends"):  # of the first step: after it the parameters differ in rounding
+        together = torch.cat([rank[kind][what][0] for rank in ranks])
+        assert len(ranks[0][kind][what][0]) == 4
+        assert torch.equal(together, one[kind][what][0])
+    if kind == "short-run":  # these start from noise at every step
+        for i, whole in enumerate(one[kind]["starts"]):
+            assert torch.equal(torch.cat([rank[kind]["starts"][i] for rank in ranks]), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ranks_learn_what_one_process_learns(both, kind):
+    one, ranks, _ = both
+    expected, found = one[kind]["checkpoint"], ranks[0][kind]["checkpoint"]
+    assert expected.keys() == found.keys()  # nothing tells how many ranks there were
+    for name, parameter in expected["model"].items():
+        # Six steps of Adam at 1e-3: far less than the 6e-3 that they can move a weight.
+        torch.testing.assert_close(found["model"][name], parameter, rtol=0, atol=3e-4)
+    if kind == "persistent":
+        assert found["replay"].shape == expected["replay"].shape == (2, 8, 5)
+        torch.testing.assert_close(found["replay"], expected["replay"], rtol=0, atol=1e-2)
+    lines = [RunFolder(root / kind).read_metrics() for root in (both[2], both[2].parent / "one")]
+    for a, b in zip(*lines, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_runs_go_on_with_one_rank_more_and_one_less(both, folder_of_shapes, jlebm):
+    _, _, folder = both
+    run = RunFolder(folder / "persistent")
+    assert {p.name for p in run.path.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.safetensors"}
+    alone = jlebm("train", run.path, "--resume", "--steps", "9", "--no-figures")
+    assert alone.returncode == 0, alone.stderr
+    assert load_checkpoint(run.checkpoint)["step"] == 9
+    first, second = jlebm_twice("train", run.path, "--resume", "--steps", "12", "--no-figures")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert str(run.checkpoint) in first.stdout
+    assert second.stdout == ""
+    assert load_checkpoint(run.checkpoint)["step"] == 12
+    assert [line["step"] for line in run.read_metrics()] == [4, 6, 8, 9, 12]
+
+
+def test_ranks_that_differ_end_with_one_sentence(folder_of_shapes, tmp_path):
+    first, second = jlebm_twice("train", tmp_path / "run", "--data", folder_of_shapes, *QUIET, second=["--width", "8"])
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert first.stderr.count("\n") == 1
+    assert "rank 1 sees --width = 8, rank 0 sees 4: start all ranks with the same options" in first.stderr
+    assert second.stderr == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_with_an_error_of_its_own_ends_all(folder_of_shapes, tmp_path):
+    arguments = ["train", tmp_path / "run", "--data", folder_of_shapes, *QUIET, "--steps", "50"]
+    first, second = jlebm_twice(*arguments, second=["--data", tmp_path / "nowhere"])
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "rank 1: no such file or folder" in first.stderr
+    assert first.stderr.count("\n") == 1
+
+
+def test_killing_a_rank_ends_the_others_and_loses_nothing(folder_of_shapes, tmp_path, jlebm):
+    """Under torchrun, as users start it; the whole job must be over within a minute."""
+    run = RunFolder(tmp_path / "run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "jlebm_fast"]
+    command += ["train", run.path, "--data", folder_of_shapes, *QUIET, "--steps", "1000000"]
+    command += ["--log-every", "1", "--checkpoint-every", "5"]
+    job = subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: run.metrics.exists() and run.metrics.read_bytes().count(b"\n") > 10)
+        workers = pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        assert len(workers) == 2
+        killed_at = time.monotonic()
+        os.kill(int(workers[1]), signal.SIGKILL)
+        _, said = job.communicate(timeout=60)
+        assert time.monotonic() - killed_at < 60
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    assert "jlebm: rank 0 of 2 lost another rank, which ended or fell silent" in said
+    assert "the last checkpoint is kept, --resume goes on with any number of ranks" in said
+    step = load_checkpoint(run.checkpoint)["step"]
+    assert step >= 5
+    alone = jlebm("train", run.path, "--resume", "--steps", str(step + 3), "--no-figures")
+    assert alone.returncode == 0, alone.stderr
+    steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+    assert steps == list(range(1, step + 4))
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_half_set_environment_is_named(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match='RANK="" and WORLD_SIZE="2" in the environment are no place among ranks'):
+        rank_and_size()
+    monkeypatch.setenv("RANK", "1")
+    assert rank_and_size() == (1, 2)
+    with pytest.raises(RunError, match="jlebm evaluate runs in one process, 2 were started"):
+        require_one_process("evaluate")
