@@ -25,7 +25,8 @@ QUIET = ["--no-figures", "--device", "cpu", *TINY]
 
 def environment(**more):
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **more}
+    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
 
 
 def two_ranks(commands):
