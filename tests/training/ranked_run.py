@@ -28,7 +28,10 @@ def recorded_run(out: pathlib.Path, images: pathlib.Path) -> dict:
     """What this process saw of both runs."""
     seen: dict = {}
     start, end = TrainingStep.prior_start, TrainingStep.prior_end
-    for kind in KINDS:
+    ports = os.environ.get("PORTS", "").split()
+    for i, kind in enumerate(KINDS):
+        if ports:  # ranks part after each run; for the next one they meet elsewhere
+            os.environ["MASTER_PORT"] = ports[i]
         record = seen[kind] = {"starts": [], "ends": []}
 
         def noted_start(step, n, dims, device="cpu", record=record):

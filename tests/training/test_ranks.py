@@ -30,11 +30,14 @@ def environment(**more):
 
 
 def two_ranks(commands):
-    """Finished processes of two ranks that found each other on a port of their own."""
-    with socket.socket() as free:
+    """Finished processes of two ranks that find each other on ports of their own, one for each run they make."""
+    sockets = [socket.socket() for _ in KINDS]
+    for free in sockets:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ports = [str(free.getsockname()[1]) for free in sockets]
+    for free in sockets:
+        free.close()
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0], "PORTS": " ".join(ports), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
