@@ -63,6 +63,8 @@ def effective_weights(layers: Iterable[EnergyLinear], *, keep_vectors: bool = Fa
     if not normed:
         return weights
     pairs = [(weights[place], layer._buffers["weight_u"]) for place, layer in normed]
+    if torch.compiler.is_compiling():
+        return _weights_in_graph(weights, normed, keep_vectors)
     if not keep_vectors and not torch.is_grad_enabled():
         for (place, _), weight in zip(normed, normalised_weights(pairs), strict=True):
             weights[place] = weight
@@ -76,6 +78,22 @@ def effective_weights(layers: Iterable[EnergyLinear], *, keep_vectors: bool = Fa
             weights[place] = weights[place] / torch.dot(top.u, torch.mv(weights[place], top.v))
         else:
             weights[place] = top.normalised
+    return weights
+
+
+def _weights_in_graph(
+    weights: list[Tensor], normed: list[tuple[int, EnergyLinear]], keep_vectors: bool
+) -> list[Tensor]:
+    """`effective_weights` for a compiler: the iterations are one operator per layer."""
+    for place, layer in normed:
+        weight = weights[place]
+        u, v, sigma = torch.ops.jlebm_fast.top_singular.default(weight.detach(), layer.weight_u)
+        if keep_vectors:
+            finite = torch.isfinite(sigma)
+            with torch.no_grad():
+                layer.weight_u.copy_(torch.where(finite, u, layer.weight_u))
+                layer.weight_v.copy_(torch.where(finite, v, layer.weight_v))
+        weights[place] = weight / (torch.dot(u, torch.mv(weight, v)) if torch.is_grad_enabled() else sigma)
     return weights
 
 

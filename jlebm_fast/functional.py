@@ -13,7 +13,7 @@ from .latents import flatten_latents, flatten_mask
 from .modes import chain_mode, device_of
 from .problem import Update
 from .recognition import EnergySource
-from .rng import check_noise_key, draw_noise_key
+from .rng import noise_key_of
 from .stepwise import AnyEnergy
 
 
@@ -126,6 +126,8 @@ def langevin_step(
         rows = dynamics.step_coefficients(step_size, noise_scale, 1)
         mean, precision = (None, None) if prior is None else prior.terms(flat)
         if noise is not None:
+            if noise_key is not None or generator is not None:
+                raise ValueError("noise replaces the noise field: give either noise, or a generator or noise_key")
             noise_key = 0
             noise = flatten_latents(noise)[0].unsqueeze(0)
         update = Update(
@@ -135,7 +137,7 @@ def langevin_step(
             precision,
             flatten_mask(mask, layout, flat),
             noise,
-            draw_noise_key(generator) if noise_key is None else check_noise_key(noise_key),
+            noise_key_of(noise_key, generator, flat.device),
             step,
             first_chain,
         )

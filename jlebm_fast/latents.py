@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -85,14 +84,11 @@ def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...]) -> tuple[Tens
             _check_layer(i, layer, first)
     container = list if isinstance(z, list) else tuple
     if all(layer.dim() == 2 for layer in z):
-        return torch.cat(z, dim=1).detach(), _plain_layout(container, tuple([layer.shape[1] for layer in z]))
+        return torch.cat(z, dim=1).detach(), LatentLayout(
+            container, tuple([layer.shape[1] for layer in z]), ((),) * len(z)
+        )
     layout = LatentLayout(container, tuple(layer.shape[1] for layer in z), tuple(tuple(layer.shape[2:]) for layer in z))
     return torch.cat([layer if layer.dim() == 2 else layer.flatten(1) for layer in z], dim=1).detach(), layout
-
-
-@functools.lru_cache(maxsize=64)
-def _plain_layout(container: type, dims: tuple[int, ...]) -> LatentLayout:
-    return LatentLayout(container, dims, ((),) * len(dims))
 
 
 def flatten_mask(mask: object, layout: LatentLayout, flat: Tensor) -> Tensor | None:

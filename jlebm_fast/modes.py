@@ -20,7 +20,10 @@ class chain_mode:
         self._device, self._gradients = device, gradients
 
     def __enter__(self) -> None:
-        inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(self._device.type)
+        if torch.compiler.is_compiling():  # the other two are modes of a compiled function's caller
+            inference = autocast = False
+        else:
+            inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(self._device.type)
         self._others = contextlib.ExitStack() if inference or autocast else None
         if inference:
             self._others.enter_context(torch.inference_mode(False))

@@ -5,19 +5,35 @@ Every check that any backend needs is made here, so all backends see the same in
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from . import backends
 from .checks import SUPPORTED_DTYPES, check_like, describe, dtype_name
+from .modes import chain_mode
 from .problem import ACTIVATIONS, HEADS, MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
-from .rng import COUNTER_RANGE, check_noise_key
+from .rng import COUNTER_RANGE, check_noise_key, key_number
 
 NOTHING = Record()
 
 
+def watched(z: Tensor | None = None) -> bool:
+    """Whether somebody looks on: a compiler, a mode, a transform, or a tensor that is no plain one.
+
+    Then the registered operator is called (`registration.py`); else the kernels directly, which costs less.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (z is not None and type(z) is not Tensor and type(z) is not torch.nn.Parameter)
+    )
+
+
 def langevin_noise(
-    noise_key: int,
+    noise_key: int | Tensor,
     n_steps: int,
     chains: int,
     dim: int,
@@ -30,6 +46,61 @@ def langevin_noise(
     backend: str = "auto",
 ) -> Tensor:
     """The noise field eps [n_steps, chains, dim] of a key."""
+    place = (noise_key, n_steps, chains, dim, first_step, first_chain, stream, torch.device(device), dtype, backend)
+    if watched():
+        return registration().langevin_noise(*place)
+    return direct_noise(*place)
+
+
+def langevin_step(z: Tensor, grad: Tensor, update: Update, *, backend: str = "auto") -> Tensor:
+    """One update of z [chains, dim] with a given gradient [chains, dim]; the result is detached."""
+    if watched(z):
+        return registration().langevin_step(z, grad, update, backend)
+    return direct_step(z, grad, update, backend)
+
+
+def mlp_energy_grad(z: Tensor, mlp: MLP, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """f [chains] and its gradient [chains, dim] of an MLP; differentiable in z, weights, biases and context_bias."""
+    if watched(z) or (torch.is_grad_enabled() and _requires_grad(z, mlp)):
+        return registration().mlp_energy_grad(z, mlp, backend)
+    return direct_energy_grad(z, mlp, backend)
+
+
+def mlp_langevin_chain(
+    z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record = NOTHING, *, backend: str = "auto"
+) -> ChainResult:
+    """n_steps updates of z [chains, dim] with the MLP's own gradient; all results are detached."""
+    if watched(z):
+        return registration().mlp_langevin_chain(z, mlp, update, n_steps, record, backend)
+    return direct_chain(z, mlp, update, n_steps, record, backend)
+
+
+def registration() -> ModuleType:
+    """The registered operators; they are built on this module."""
+    from . import registration
+
+    return registration
+
+
+def _requires_grad(z: Tensor, mlp: MLP) -> bool:
+    return any(t is not None and t.requires_grad for t in (z, *mlp.weights, *mlp.biases, mlp.context_bias))
+
+
+# --- the doors: checks, choice, call ----------------------------------------------------------------------------------
+
+
+def direct_noise(
+    noise_key: int | Tensor,
+    n_steps: int,
+    chains: int,
+    dim: int,
+    first_step: int,
+    first_chain: int,
+    stream: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
     check_noise_key(noise_key)
     for name, value in (("n_steps", n_steps), ("chains", chains), ("dim", dim)):
         check_count(name, value)
@@ -37,10 +108,9 @@ def langevin_noise(
         check_counter(name, value)
     if dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"dtype must be float32 or float64, got {dtype}")
-    device = torch.device(device)
     chosen = backends.choose("langevin_noise", backend, device=device, dtype=dtype)
     return chosen.langevin_noise(
-        noise_key,
+        _key_for(chosen, noise_key),
         n_steps,
         chains,
         dim,
@@ -52,27 +122,29 @@ def langevin_noise(
     )
 
 
-def langevin_step(z: Tensor, grad: Tensor, update: Update, *, backend: str = "auto") -> Tensor:
-    """One update of z [chains, dim] with a given gradient [chains, dim]."""
+def direct_step(z: Tensor, grad: Tensor, update: Update, backend: str) -> Tensor:
     check_z(z)
     check_like("grad", grad, (tuple(z.shape),), z)
     check_update(update, z, 1)
     chosen = backends.choose("langevin_step", backend, device=z.device, dtype=z.dtype, update=update)
-    return chosen.langevin_step(z.contiguous(), grad.contiguous(), update)
+    update = _update_for(chosen, update)
+    if not _attached(z.device):
+        return chosen.langevin_step(z.contiguous(), grad.contiguous(), update)
+    with chain_mode(z.device):
+        return chosen.langevin_step(z.contiguous(), grad.contiguous(), update)
 
 
-def mlp_energy_grad(z: Tensor, mlp: MLP, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """f [chains] and its gradient [chains, dim] of an MLP."""
+def direct_energy_grad(z: Tensor, mlp: MLP, backend: str) -> tuple[Tensor, Tensor]:
     check_z(z, mlp.spec.dim)
     check_mlp(mlp, z)
     chosen = backends.choose("mlp_energy_grad", backend, device=z.device, dtype=z.dtype, spec=mlp.spec)
-    return chosen.mlp_energy_grad(z.contiguous(), mlp)
+    if not _attached(z.device):
+        return chosen.mlp_energy_grad(z.contiguous(), mlp)
+    with chain_mode(z.device):
+        return chosen.mlp_energy_grad(z.contiguous(), mlp)
 
 
-def mlp_langevin_chain(
-    z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record = NOTHING, *, backend: str = "auto"
-) -> ChainResult:
-    """n_steps updates of z [chains, dim] with the MLP's own gradient."""
+def direct_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str) -> ChainResult:
     check_z(z, mlp.spec.dim)
     check_mlp(mlp, z)
     check_count("n_steps", n_steps)
@@ -81,7 +153,28 @@ def mlp_langevin_chain(
     chosen = backends.choose(
         "mlp_langevin_chain", backend, device=z.device, dtype=z.dtype, spec=mlp.spec, update=update
     )
-    return chosen.mlp_langevin_chain(z.contiguous(), mlp, update, n_steps, record)
+    update = _update_for(chosen, update)
+    if not _attached(z.device):
+        return chosen.mlp_langevin_chain(z.contiguous(), mlp, update, n_steps, record)
+    with chain_mode(z.device):
+        return chosen.mlp_langevin_chain(z.contiguous(), mlp, update, n_steps, record)
+
+
+def _attached(device: torch.device) -> bool:
+    """Whether autograd or autocast would see what a backend does in plain torch."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled(device.type)
+
+
+def _key_for(chosen: ModuleType, noise_key: int | Tensor) -> int | Tensor:
+    """The key as the backend reads it: from a tensor only where it says so, with READS_KEY_TENSORS."""
+    if isinstance(noise_key, Tensor) and not getattr(chosen, "READS_KEY_TENSORS", False):
+        return key_number(noise_key)
+    return noise_key
+
+
+def _update_for(chosen: ModuleType, update: Update) -> Update:
+    key = _key_for(chosen, update.noise_key)
+    return update if key is update.noise_key else update._replace(noise_key=key)
 
 
 def check_count(name: str, value: int) -> None:

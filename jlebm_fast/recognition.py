@@ -159,6 +159,8 @@ class Recognised:
         self.spec = structure.spec
         self.columns = structure.columns
         self.layers = [_Layer(net, site) for site in structure.sites]
+        sites = tuple([(s.path, s.kind, s.weight, s.bias_path, s.bias) for s in structure.sites])
+        self.plain = (structure.spec, structure.columns, sites)
 
     def mlp(self, sign: float = 1.0) -> MLP:
         """The energy times sign, with the parameters of this moment."""
@@ -282,6 +284,23 @@ class EnergySource:
 
     def __init__(self, energy: nn.Module | Callable[..., Tensor]) -> None:
         self.energy = energy
+        self._known: list[tuple] = []
+
+    def __reduce__(self) -> tuple:
+        return EnergySource, (self.energy,)
+
+    def known(self, layout: LatentLayout, training: bool) -> tuple | None:
+        """(spec, columns, sites) of a module that an earlier call recognised, for `in_graph.py`; None if none did."""
+        for dims, listed, mode, structure in self._known:
+            if dims == layout.dims and listed == (layout.container is not Tensor) and mode == training:
+                return structure
+        return None
+
+    def _remember(self, found: Recognised, layout: LatentLayout, training: bool) -> None:
+        if self._known and self._known[-1][-1] is found.plain:
+            return
+        key = (layout.dims, layout.container is not Tensor, training)
+        self._known = [entry for entry in self._known if entry[:3] != key] + [(*key, found.plain)]
 
     @property
     def net(self) -> nn.Module | Callable[..., Tensor]:
@@ -334,6 +353,7 @@ class EnergySource:
         found = self.found(layout, {"context": context, "y": y})
         if isinstance(found, Unrecognised):
             return None
+        self._remember(found, layout, net.training)
         mlp = found.mlp(sign)
         weight = mlp.weights[0]
         if weight.dtype not in SUPPORTED_DTYPES:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from .checks import describe
 
 KEY_RANGE = 1 << 64
 # steps and chains of the noise field are counted in 32 bits, and wrap
@@ -10,24 +13,58 @@ COUNTER_RANGE = 1 << 32
 _CPU = torch.device("cpu")
 
 
-def draw_noise_key(generator: torch.Generator | None = None) -> int:
-    """Draw 64 bits from `generator`, or from torch's global CPU generator, to address one call's noise.
+def draw_noise_key(generator: torch.Generator | None = None, device: torch.device = _CPU) -> int:
+    """Draw 64 bits from `generator`, or from torch's global CPU generator, to address the noise of a call on `device`.
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
         >>> draw_noise_key(g) == draw_noise_key(g.manual_seed(0))
         True
     """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-    device = _CPU if generator is None else generator.device
+    source = _CPU
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        source = generator.device
+        if source.type not in ("cpu", device.type):
+            wanted = "cpu" if device.type == "cpu" else f"cpu or {device.type}"
+            raise ValueError(f"generator must be a torch.Generator on {wanted}, got one on {source}")
     # torch.randint(0, 2**32, (2,)) by its parts, which cost half as much
-    low, high = torch.empty(2, dtype=torch.int64, device=device).random_(0, 1 << 32, generator=generator).tolist()
+    low, high = torch.empty(2, dtype=torch.int64, device=source).random_(0, 1 << 32, generator=generator).tolist()
     return low | (high << 32)
 
 
-def check_noise_key(noise_key: int) -> int:
-    """`noise_key`, an unsigned 64-bit integer."""
+def noise_key_of(
+    noise_key: int | Tensor | None, generator: torch.Generator | None, device: torch.device
+) -> int | Tensor:
+    """The key of a call: the given one, or one drawn; while a graph is traced, drawn inside it at every run."""
+    if noise_key is None:
+        if generator is None and torch.compiler.is_compiling():
+            return torch.ops.jlebm_fast.draw_noise_key.default()
+        return draw_noise_key(generator, device)
+    if generator is not None:
+        raise ValueError("give either a generator or a noise_key, not both")
+    return check_noise_key(noise_key)
+
+
+def check_noise_key(noise_key: int | Tensor) -> int | Tensor:
+    """`noise_key`: an unsigned 64-bit integer, or its bits in an int64 tensor of one element."""
+    if isinstance(noise_key, Tensor):
+        if noise_key.dtype == torch.int64 and noise_key.numel() == 1:
+            return noise_key
+        raise ValueError(f"noise_key as a tensor must be [1] int64, got {describe(noise_key)}")
     if not isinstance(noise_key, int) or isinstance(noise_key, bool) or not 0 <= noise_key < KEY_RANGE:
         raise ValueError(f"noise_key must be an integer in [0, 2**64), got {noise_key!r}")
     return noise_key
+
+
+def key_tensor(noise_key: int | Tensor) -> Tensor:
+    """The 64 bits of a key as an int64 tensor [1], on the CPU unless it is a tensor elsewhere already."""
+    if isinstance(noise_key, Tensor):
+        return noise_key.reshape(1)
+    return torch.tensor([noise_key - KEY_RANGE if noise_key >= KEY_RANGE // 2 else noise_key], dtype=torch.int64)
+
+
+def key_number(noise_key: int | Tensor) -> int:
+    """The key as an unsigned integer; waits for the device where it is a tensor on one."""
+    return int(noise_key) % KEY_RANGE if isinstance(noise_key, Tensor) else noise_key

@@ -17,7 +17,7 @@ from .latents import LatentLayout, flatten_latents, flatten_mask
 from .modes import chain_mode, device_of
 from .problem import ChainResult, Record, Update
 from .recognition import EnergySource
-from .rng import check_noise_key, draw_noise_key
+from .rng import noise_key_of
 
 PRECISIONS = (None, "fp32", "tf32", "bf16")
 TORCH_PRECISIONS = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
@@ -119,7 +119,7 @@ class FastLangevin:
         return_info: bool = False,
         return_trajectory: bool = False,
         thin: int = 1,
-        noise_key: int | None = None,
+        noise_key: int | Tensor | None = None,
         first_step: int = 0,
         first_chain: int = 0,
         context: Tensor | None = None,
@@ -155,6 +155,24 @@ class FastLangevin:
             >>> info.energy.shape
             torch.Size([60, 100])
         """
+        if torch.compiler.is_compiling():
+            from . import in_graph  # imports torch's compiler, which costs seconds
+
+            options = {
+                "generator": generator,
+                "log_likelihood": log_likelihood,
+                "noise": noise,
+                "mask": mask,
+                "return_info": return_info,
+                "return_trajectory": return_trajectory,
+                "thin": thin,
+                "noise_key": noise_key,
+                "first_step": first_step,
+                "first_chain": first_chain,
+                "context": context,
+                "y": y,
+            }
+            return in_graph.sample(self, z, options)
         with chain_mode(device_of(z)):
             flat, layout = flatten_latents(z)
             if flat.is_inference():
@@ -163,14 +181,18 @@ class FastLangevin:
             ops.check_thin(thin)
             record = Record(return_info, return_trajectory, thin)
             result = self._run(flat, layout, update, record, log_likelihood, context, y)
-            sampled = result.z if result.z is not flat else flat.clone()
-            end = layout.restore(sampled)
-            if not (return_info or return_trajectory):
-                return end
-            energy = result.energy if self.maximize or result.energy is None else -result.energy
-            return end, LangevinInfo(
-                energy, result.grad_norm, result.displacement, result.first_bad_step, result.trajectory
-            )
+            return self._answer(result, result.z if result.z is not flat else flat.clone(), layout, record)
+
+    def _answer(
+        self, result: ChainResult, end: Tensor, layout: LatentLayout, record: Record
+    ) -> Latents | tuple[Latents, LangevinInfo]:
+        """What sample returns, from the end of the chain on the flat tensor."""
+        if not (record.diagnostics or record.trajectory):
+            return layout.restore(end)
+        energy = result.energy if self.maximize or result.energy is None else -result.energy
+        return layout.restore(end), LangevinInfo(
+            energy, result.grad_norm, result.displacement, result.first_bad_step, result.trajectory
+        )
 
     def explain(self, z: Latents, *, context: Tensor | None = None, y: Tensor | int | None = None) -> str:
         """What a call with such a z would do: recognised or not and why, the backend, and why not the others.
@@ -234,8 +256,6 @@ class FastLangevin:
             if noise_key is not None or generator is not None:
                 raise ValueError("noise replaces the noise field: give either noise, or a generator or noise_key")
             noise, noise_key = self._flat_noise(noise, flat, layout), 0
-        elif noise_key is not None and generator is not None:
-            raise ValueError("give either a generator or a noise_key, not both")
         coefficients, mean, precision = self._constant_terms(flat)
         return Update(
             coefficients,
@@ -244,7 +264,7 @@ class FastLangevin:
             precision,
             flatten_mask(mask, layout, flat),
             noise,
-            draw_noise_key(generator) if noise_key is None else check_noise_key(noise_key),
+            noise_key_of(noise_key, generator, flat.device),
             first_step,
             first_chain,
         )

@@ -1,0 +1,276 @@
+"""The four operations as registered operators, torch.ops.jlebm_fast.*: for compilers, exporters and autograd.
+
+    schema        tensors, lists and numbers: the records of `problem.py`, spread out
+    kernel        one for all devices: rebuilds the records and calls `ops.py`, which checks and chooses a backend
+    fake          shapes and dtypes alone, for tracing
+    autograd      mlp_energy_grad is differentiable in z, weights, biases and context_bias, as often as wanted, through
+                  the formulas of `backends/eager.py`; a chain and a step give detached results, by contract
+
+and two that only graphs need: `draw_noise_key`, one draw from torch's global generator as an operator with a side
+effect, so that a compiler neither drops, merges nor moves it, and draws what eager mode draws; and `top_singular`, the
+converged spectral norm (`spectral.py`).
+
+Eager calls of `ops.py` do not come through here: `ops.watched` decides. Plain `Library.define` and `impl` are used
+because `torch.library.custom_op` adds several microseconds to every call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops, rng
+from .backends import eager
+from .problem import MLP, ChainResult, MLPSpec, Record, Update
+from .spectral import top_singulars
+
+NAMESPACE = "jlebm_fast"
+
+_MLP = (
+    "Tensor[] weights, Tensor?[] biases, Tensor? context_bias, Tensor? logit, str[] activations, "
+    "float[] activation_params, str head, float out_scale"
+)
+_UPDATE = (
+    "Tensor step_coefficients, Tensor? chain_coefficients, Tensor? prior_mean, Tensor? prior_precision, "
+    "Tensor? frozen, Tensor? noise, Tensor noise_key, SymInt first_step, SymInt first_chain, Tensor? extra_grad"
+)
+SCHEMAS = {
+    "langevin_noise": "(Tensor noise_key, SymInt n_steps, SymInt chains, SymInt dim, SymInt first_step, "
+    "SymInt first_chain, SymInt stream, Device device, ScalarType dtype, str backend) -> Tensor",
+    "langevin_step": f"(Tensor z, Tensor grad, {_UPDATE}, str backend) -> Tensor",
+    "mlp_energy_grad": f"(Tensor z, {_MLP}, str backend) -> (Tensor, Tensor)",
+    "mlp_langevin_chain": f"(Tensor z, {_MLP}, {_UPDATE}, SymInt n_steps, bool diagnostics, bool trajectory, "
+    "SymInt thin, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "draw_noise_key": "() -> Tensor",
+    "top_singular": "(Tensor weight, Tensor u) -> (Tensor, Tensor, Tensor)",
+}
+
+
+# --- records, spread out and rebuilt ----------------------------------------------------------------------------------
+
+
+def spread_mlp(mlp: MLP) -> tuple:
+    """The arguments of `_MLP`."""
+    spec = mlp.spec
+    return (
+        list(mlp.weights),
+        list(mlp.biases),
+        mlp.context_bias,
+        mlp.logit,
+        list(spec.activations),
+        list(spec.activation_params),
+        spec.head,
+        spec.out_scale,
+    )
+
+
+def rebuilt_mlp(
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    context_bias: Tensor | None,
+    logit: Tensor | None,
+    activations: list[str],
+    activation_params: list[float],
+    head: str,
+    out_scale: float,
+) -> MLP:
+    widths = (weights[0].shape[-1], *[weight.shape[0] for weight in weights])
+    return MLP(
+        MLPSpec(widths, tuple(activations), tuple(activation_params), head, out_scale),
+        tuple(weights),
+        tuple(biases),
+        context_bias,
+        logit,
+    )
+
+
+def spread_update(update: Update) -> tuple:
+    """The arguments of `_UPDATE`, in the order of the record."""
+    return tuple(rng.key_tensor(v) if name == "noise_key" else v for name, v in zip(Update._fields, update))
+
+
+_N_MLP, _N_UPDATE = 8, len(Update._fields)
+
+
+# --- kernels, one for all devices -------------------------------------------------------------------------------------
+
+
+def _langevin_noise(noise_key, n_steps, chains, dim, first_step, first_chain, stream, device, dtype, backend):
+    return ops.direct_noise(
+        noise_key, n_steps, chains, dim, first_step, first_chain, stream, torch.device(device), dtype, backend
+    )
+
+
+def _langevin_step(z, grad, *rest):
+    return ops.direct_step(z, grad, Update(*rest[:_N_UPDATE]), rest[-1])
+
+
+def _mlp_energy_grad(z, *rest):
+    return ops.direct_energy_grad(z, rebuilt_mlp(*rest[:_N_MLP]), rest[-1])
+
+
+def _mlp_langevin_chain(z, *rest):
+    mlp, update = rebuilt_mlp(*rest[:_N_MLP]), Update(*rest[_N_MLP : _N_MLP + _N_UPDATE])
+    n_steps, diagnostics, trajectory, thin, backend = rest[_N_MLP + _N_UPDATE :]
+    result = ops.direct_chain(z, mlp, update, n_steps, Record(diagnostics, trajectory, thin), backend)
+    # an operator returns tensors only: empty ones stand for what was not asked for
+    return tuple([z.new_empty(0) if value is None else value for value in result])
+
+
+def _draw_noise_key():
+    return rng.key_tensor(rng.draw_noise_key())
+
+
+def _top_singular(weight, u):
+    (top,) = top_singulars([(weight.detach(), u.detach())])
+    # never an alias of u, which stays what it was where no iteration was possible
+    return top.u.clone(), top.v.clone(), weight.new_tensor(top.sigma)
+
+
+# --- fakes ------------------------------------------------------------------------------------------------------------
+
+
+def _fake_noise(noise_key, n_steps, chains, dim, first_step, first_chain, stream, device, dtype, backend):
+    return torch.empty((n_steps, chains, dim), dtype=dtype, device=device)
+
+
+def _fake_step(z, grad, *rest):
+    return z.new_empty(z.shape)
+
+
+def _fake_energy_grad(z, *rest):
+    return z.new_empty(z.shape[0]), z.new_empty(z.shape)
+
+
+def _fake_chain(z, *rest):
+    n_steps, diagnostics, trajectory, thin, _ = rest[_N_MLP + _N_UPDATE :]
+    kept, chains = n_steps // thin, z.shape[0]
+    per_step = [z.new_empty((kept, chains)) if diagnostics else z.new_empty(0) for _ in range(3)]
+    first_bad_step = z.new_empty((chains,), dtype=torch.int64) if diagnostics else z.new_empty(0)
+    return (
+        z.new_empty(z.shape),
+        *per_step,
+        first_bad_step,
+        z.new_empty((kept, *z.shape)) if trajectory else z.new_empty(0),
+    )
+
+
+def _fake_draw():
+    return torch.empty(1, dtype=torch.int64)
+
+
+def _fake_top_singular(weight, u):
+    return u.new_empty(weight.shape[0]), u.new_empty(weight.shape[1]), weight.new_empty(())
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _save_inputs(ctx, inputs, output):
+    z, weights, biases, context_bias, logit, *ctx.constants, _ = inputs
+    ctx.n_layers, ctx.has_bias = len(weights), [bias is not None for bias in biases]
+    tensors = [z, *weights, *[bias for bias in biases if bias is not None], context_bias, logit]
+    ctx.save_for_backward(*tensors)
+
+
+def _energy_grad_backward(ctx, energy_cotangent, grad_cotangent):
+    z, *rest = ctx.saved_tensors
+    weights, given = rest[: ctx.n_layers], iter(rest[ctx.n_layers : -2])
+    biases = [next(given) if there else None for there in ctx.has_bias]
+    context_bias, logit = rest[-2:]
+    again = torch.is_grad_enabled()  # a second derivative is wanted: stay connected to the inputs
+    leaves = [z, *weights, *biases, context_bias]
+    if not again:
+        leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in leaves]
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    with torch.enable_grad():
+        mlp = rebuilt_mlp(
+            leaves[1 : 1 + len(weights)], leaves[1 + len(weights) : -1], leaves[-1], logit, *ctx.constants
+        )
+        energy, grad = eager.mlp_energy_grad(leaves[0], mlp)
+        cotangents = [(energy, energy_cotangent), (grad, grad_cotangent)]
+        outputs, seeds = zip(*[(value, seed) for value, seed in cotangents if seed is not None], strict=True)
+        found = torch.autograd.grad(outputs, wanted, seeds, create_graph=again, allow_unused=True)
+    gradients = iter(found)
+    of_leaf = [next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
+    n = len(weights)
+    return (of_leaf[0], of_leaf[1 : 1 + n], of_leaf[1 + n : -1], of_leaf[-1], None, None, None, None, None, None)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library(NAMESPACE, "DEF")
+    kernels = {
+        "langevin_noise": (_langevin_noise, _fake_noise),
+        "langevin_step": (_langevin_step, _fake_step),
+        "mlp_energy_grad": (_mlp_energy_grad, _fake_energy_grad),
+        "mlp_langevin_chain": (_mlp_langevin_chain, _fake_chain),
+        "top_singular": (_top_singular, _fake_top_singular),
+        "draw_noise_key": (_draw_noise_key, _fake_draw),
+    }
+    for name, schema in SCHEMAS.items():
+        kernel, fake = kernels[name]
+        tags = [torch.Tag.pt2_compliant_tag]
+        if name == "draw_noise_key":
+            tags.append(torch.Tag.nondeterministic_seeded)
+        library.define(name + schema, tags=tags)
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::mlp_energy_grad", _energy_grad_backward, setup_context=_save_inputs, lib=library
+    )
+    for name in ("langevin_step", "mlp_langevin_chain", "top_singular"):
+        # autograd passes these by, and their kernels run outside it: detached results
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    _register_side_effect(library)
+    return library
+
+
+def _register_side_effect(library: torch.library.Library) -> None:
+    """Draws keep their number and order in a compiled graph."""
+    from torch._higher_order_ops import effects
+
+    if hasattr(library, "_register_effectful_op"):
+        library._register_effectful_op(f"{NAMESPACE}::draw_noise_key", effects._EffectType.ORDERED)
+    else:  # torch before 2.10
+        effects._register_effectful_op(torch.ops.jlebm_fast.draw_noise_key.default, effects._EffectType.ORDERED)
+
+
+LIBRARY = _register()
+operators = torch.ops.jlebm_fast
+
+
+# --- from records to operators ----------------------------------------------------------------------------------------
+
+
+def langevin_noise(noise_key, n_steps, chains, dim, first_step, first_chain, stream, device, dtype, backend) -> Tensor:
+    key = rng.key_tensor(noise_key)
+    return operators.langevin_noise.default(
+        key, n_steps, chains, dim, first_step, first_chain, stream, device, dtype, backend
+    )
+
+
+def langevin_step(z: Tensor, grad: Tensor, update: Update, backend: str) -> Tensor:
+    return operators.langevin_step.default(z, grad, *spread_update(update), backend)
+
+
+def mlp_energy_grad(z: Tensor, mlp: MLP, backend: str) -> tuple[Tensor, Tensor]:
+    return operators.mlp_energy_grad.default(z, *spread_mlp(mlp), backend)
+
+
+def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str) -> ChainResult:
+    z, energy, grad_norm, displacement, first_bad_step, trajectory = operators.mlp_langevin_chain.default(
+        z,
+        *spread_mlp(mlp),
+        *spread_update(update),
+        n_steps,
+        record.diagnostics,
+        record.trajectory,
+        record.thin,
+        backend,
+    )
+    if not record.diagnostics:
+        energy = grad_norm = displacement = first_bad_step = None
+    return ChainResult(z, energy, grad_norm, displacement, first_bad_step, trajectory if record.trajectory else None)

@@ -1,0 +1,233 @@
+"""torch.compile without graph breaks: the same noise and values as eager, for training steps and sampling alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm as new_spectral_norm
+
+import jlebm_fast as jf
+
+COMPILERS = ["aot_eager", "inductor"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def normal(*shape, seed=61):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(z):
+    return z if isinstance(z, torch.Tensor) else torch.cat(list(z), 1)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "norm", "as_list"),
+    [
+        ("aot_eager", False, True),
+        ("aot_eager", True, False),
+        ("inductor", False, False),
+        ("inductor", True, True),
+    ],
+)
+def test_a_training_step(compiler, norm, as_list):
+    """Chain and loss in one graph, its backward compiled with it; Dynamo itself traces no optimiser's zero_grad."""
+    torch.manual_seed(1)
+    f = jf.EnergyMLP((2, 3), 12, 2, activation="gelu", spectral_norm=norm)
+    g = copy.deepcopy(f)
+    z0, z_pos = ([normal(8, d, seed=i + d) for d in (2, 3)] for i in (10, 20))
+    if not as_list:
+        z0, z_pos = whole(z0), whole(z_pos)
+    runs = []
+    for energy in (f, g):
+        prior = jf.FastLangevin(energy, n_steps=6)
+
+        def loss_of(z0, z_pos, energy=energy, prior=prior):
+            z_neg = prior(z0, generator=None)
+            return energy(z_neg).mean() - energy(z_pos).mean(), z_neg
+
+        if energy is g:
+            loss_of = torch.compile(loss_of, fullgraph=True, backend=compiler)
+        optimiser = torch.optim.SGD(energy.parameters(), lr=0.1)
+        torch.manual_seed(2)
+        for _ in range(3):
+            optimiser.zero_grad()
+            loss, z_neg = loss_of(z0, z_pos)
+            loss.backward()
+            optimiser.step()
+            runs.append((loss.detach(), whole(z_neg)))
+        runs.append(torch.rand(1))
+    for (loss, z), (compiled_loss, compiled_z) in zip(runs[:3], runs[4:7], strict=True):
+        torch.testing.assert_close(compiled_z, z, rtol=0, atol=2e-6)
+        torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
+        assert not compiled_z.requires_grad
+    assert torch.equal(runs[3], runs[7]), "the global generator stands elsewhere"
+    assert not torch.isclose(runs[4][1], runs[5][1], atol=1e-3).all()
+    for p, q in zip(f.parameters(), g.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    for (name, p), q in zip(f.named_buffers(), g.buffers(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="needs torch.autograd.grad in graphs"
+)
+@pytest.mark.parametrize("compiler", ["aot_eager"])
+def test_a_whole_step_with_its_gradient_in_one_graph(compiler):
+    torch.manual_seed(1)
+    f = jf.EnergyMLP((2, 3), 12, 2, activation="gelu", spectral_norm=True)
+    prior = jf.FastLangevin(f, n_steps=6)
+    parameters = list(f.parameters())
+
+    def step(z0, z_pos):
+        loss = f(prior(z0)).mean() - f(z_pos).mean()
+        return [p.detach() - 0.1 * g for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True)]
+
+    z0, z_pos = normal(8, 5), normal(8, 5, seed=62)
+    torch.manual_seed(2)
+    expected = step(z0, z_pos)
+    torch.manual_seed(2)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        ours = torch.compile(step, fullgraph=True, backend=compiler)(z0, z_pos)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_two_calls_in_one_graph_draw_as_eager_does(compiler):
+    f = jf.EnergyMLP(5, 12, 2)
+    prior = jf.FastLangevin(f, n_steps=4)
+
+    def twice(z):
+        first = prior(z)
+        prior(z)  # dropped, but its key is drawn
+        return first, prior(z)
+
+    compiled = torch.compile(twice, fullgraph=True, backend=compiler)
+    z = normal(6, 5)
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        eager = (*twice(z), torch.rand(1))
+        torch.manual_seed(seed)
+        ours = (*compiled(z), torch.rand(1))
+        for a, b in zip(eager, ours, strict=True):
+            assert torch.equal(a, b)
+        assert not torch.equal(ours[0], ours[1])
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.net = nn.Sequential(wrap(nn.Linear(5, 12)), nn.GELU(), wrap(nn.Linear(12, 1)))
+
+    def forward(self, z):
+        return -self.net(torch.cat(z, 1)).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "wrap"),
+    [
+        ("inductor", lambda m: m),
+        ("aot_eager", old_spectral_norm),
+        ("aot_eager", new_spectral_norm),
+        ("aot_eager", weight_norm),
+    ],
+)
+def test_recognised_modules_after_one_call_outside(compiler, wrap):
+    torch.manual_seed(5)
+    prior = jf.FastLangevin(Wrapped(wrap), n_steps=5, maximize=False)
+    z = [normal(6, 2), normal(6, 3)]
+    expected = prior(z, noise_key=9)
+    compiled = torch.compile(lambda z: prior(z, noise_key=9), fullgraph=True, backend=compiler)
+    for a, b in zip(compiled(z), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        next(prior.energy.parameters()).mul_(1.5)
+    changed = prior(z, noise_key=9)
+    assert not torch.allclose(changed[0], expected[0], atol=1e-5)
+    torch.testing.assert_close(compiled(z)[0], changed[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager"])
+def test_options(compiler):
+    f = jf.EnergyMLP(5, 12, 2, out_features=3, head="logsumexp", context_dim=2)
+    prior = jf.FastLangevin(f, n_steps=6, step_size=torch.full((7,), 0.3), prior=jf.GaussianPrior(0.2, 0.5))
+    z, c = normal(7, 5), normal(7, 2)
+
+    def call(z, c, y, key):
+        return prior.sample(
+            z,
+            context=c,
+            y=y,
+            mask=torch.tensor([True, False, False, False, False]),
+            noise_key=key,
+            return_info=True,
+            return_trajectory=True,
+            thin=2,
+            first_step=3,
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend=compiler)
+    for key in (2**63 + 5, torch.tensor([77])):
+        end, info = call(z, c, 1, key)
+        compiled_end, compiled_info = compiled(z, c, 1, key)
+        torch.testing.assert_close(compiled_end, end, rtol=0, atol=1e-6)
+        for name in info._fields:
+            torch.testing.assert_close(getattr(compiled_info, name), getattr(info, name), rtol=1e-5, atol=1e-6)
+    noise = normal(6, 7, 5)
+    compiled = torch.compile(lambda: prior(z, context=c, noise=noise), fullgraph=True, backend=compiler)
+    torch.testing.assert_close(compiled(), prior(z, context=c, noise=noise), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("energy", ["callable", "likelihood", "generator"])
+def test_what_no_graph_can_hold_runs_between_two(energy):
+    f = jf.EnergyMLP(5, 12, 2)
+    prior = jf.FastLangevin((lambda z: f(z)) if energy == "callable" else f, n_steps=4)
+    options = {"noise_key": 4}
+    if energy == "likelihood":
+        options["log_likelihood"] = lambda z: -(z**2).sum()
+    z = normal(6, 5)
+
+    def call(z):
+        if energy == "generator":
+            return prior(z + 1, generator=torch.Generator().manual_seed(1)) * 2
+        return prior(z + 1, **options) * 2
+
+    compiled = torch.compile(call, backend="aot_eager")
+    torch.testing.assert_close(compiled(z), call(z), rtol=0, atol=1e-6)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(call, backend="aot_eager", fullgraph=True)(z)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager"])
+def test_other_batches_and_weights_without_a_new_graph(compiler):
+    f = jf.EnergyMLP(5, 12, 2)
+    prior = jf.FastLangevin(f, n_steps=4)
+    compiled = torch.compile(lambda z: prior(z, noise_key=1), fullgraph=True, backend=compiler, dynamic=True)
+    for chains in (6, 9, 17):
+        z = normal(chains, 5)
+        with torch.no_grad():
+            f.layers[0].weight.add_(0.1)
+        torch.testing.assert_close(compiled(z), prior(z, noise_key=1), rtol=0, atol=1e-6)
+
+
+def test_functions_in_a_graph(backend):
+    z, grad = (normal(6, 5, seed=i).to(backend.device) for i in (1, 2))
+    options = {"backend": backend.name}
+
+    def call(z, grad):
+        eps = jf.langevin_noise(5, 1, 6, 5, device=backend.device, **options)[0]
+        return jf.langevin_step(z, grad, noise=eps, **options), jf.langevin_step(z, grad, noise_key=5, **options)
+
+    given, drawn = torch.compile(call, fullgraph=True, backend="aot_eager")(z, grad)
+    assert torch.equal(given, drawn)
+    assert torch.equal(drawn, call(z, grad)[1])

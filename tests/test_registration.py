@@ -1,0 +1,153 @@
+"""The operators of torch.library: schema, fakes, autograd, and the same results as the functions of ops.py."""
+
+import pytest
+import torch
+from reference import moved, plain_update, random_mlp
+from torch.library import opcheck
+
+from jlebm_fast import ops, registration, rng
+from jlebm_fast.backends import eager
+from jlebm_fast.problem import MLP, Record
+
+OPERATORS = registration.operators
+
+
+def normal(*shape, seed=71):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(backend, head="identity", chains=5, context=True):
+    mlp = random_mlp((6, 8, 8, 1 if head == "identity" else 3), "gelu", head, chains=chains, context=context)
+    return normal(chains, 6).to(backend.device), moved(mlp, backend.device)
+
+
+def arguments_of_chain(z, mlp, update, n_steps, record, backend):
+    return (
+        z,
+        *registration.spread_mlp(mlp),
+        *registration.spread_update(update),
+        n_steps,
+        *record,
+        backend.name,
+    )
+
+
+def attached(mlp):
+    """The same MLP with parameters that want a gradient."""
+    leaf = lambda t: None if t is None else t.detach().clone().requires_grad_()  # noqa: E731
+    return MLP(mlp.spec, tuple(map(leaf, mlp.weights)), tuple(map(leaf, mlp.biases)), leaf(mlp.context_bias), mlp.logit)
+
+
+@pytest.mark.parametrize("record", [Record(True, True, 2), Record()], ids=["all", "nothing"])
+@pytest.mark.parametrize("head", ["identity", "logit"])
+def test_opcheck_of_the_chain(backend, record, head):
+    z, mlp = problem(backend, head)
+    update = moved(plain_update(4, 6), backend.device)
+    opcheck(OPERATORS.mlp_langevin_chain.default, arguments_of_chain(z, mlp, update, 4, record, backend))
+    wanting = arguments_of_chain(z.clone().requires_grad_(), attached(mlp), update, 4, record, backend)
+    opcheck(OPERATORS.mlp_langevin_chain.default, wanting)
+
+
+def test_opcheck_of_energy_and_gradient(backend):
+    z, mlp = problem(backend)
+    for inputs in ((z, mlp), (z.clone().requires_grad_(), attached(mlp)), (z, attached(mlp))):
+        opcheck(OPERATORS.mlp_energy_grad.default, (inputs[0], *registration.spread_mlp(inputs[1]), backend.name))
+
+
+def test_opcheck_of_step_and_noise(backend):
+    z, _ = problem(backend)
+    update = moved(plain_update(1, 6, prior_mean=normal(6), frozen=normal(6) > 0), backend.device)
+    opcheck(OPERATORS.langevin_step.default, (z, z + 1, *registration.spread_update(update), backend.name))
+    device = torch.device(backend.device)
+    place = (rng.key_tensor(2**63 + 1), 3, 5, 6, 1, 2, 0, device, torch.float32, backend.name)
+    opcheck(OPERATORS.langevin_noise.default, place)
+
+
+def test_opcheck_of_the_spectral_norm():
+    for weight in (normal(8, 6), normal(8, 6).requires_grad_()):
+        opcheck(OPERATORS.top_singular.default, (weight, torch.nn.functional.normalize(normal(8), dim=0)))
+
+
+def test_operators_are_the_functions(backend):
+    z, mlp = problem(backend)
+    update, record = moved(plain_update(4, 6), backend.device), Record(True, True, 2)
+    ours = OPERATORS.mlp_langevin_chain.default(*arguments_of_chain(z, mlp, update, 4, record, backend))
+    for a, b in zip(ours, ops.mlp_langevin_chain(z, mlp, update, 4, record, backend=backend.name), strict=True):
+        assert torch.equal(a, b)
+    ours = OPERATORS.mlp_energy_grad.default(z, *registration.spread_mlp(mlp), backend.name)
+    for a, b in zip(ours, ops.mlp_energy_grad(z, mlp, backend=backend.name), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_keys_as_tensors(backend):
+    z, mlp = problem(backend)
+    for key in (0, 5, 2**63, 2**64 - 1):
+        tensor = rng.key_tensor(key)
+        assert tensor.shape == (1,)
+        assert rng.key_number(tensor) == key
+        results = [
+            ops.mlp_langevin_chain(
+                z, mlp, moved(plain_update(3, 6, noise_key=k), backend.device), 3, backend=backend.name
+            ).z
+            for k in (key, tensor)
+        ]
+        assert torch.equal(*results)
+        fields = [ops.langevin_noise(k, 1, 2, 3, device=backend.device, backend=backend.name) for k in (key, tensor)]
+        assert torch.equal(*fields)
+
+
+def test_results_of_chain_and_step_are_detached(backend):
+    z, mlp = problem(backend)
+    mlp, z = attached(mlp), z.requires_grad_()
+    update = moved(plain_update(3, 6), backend.device)
+    chain = OPERATORS.mlp_langevin_chain.default(*arguments_of_chain(z, mlp, update, 3, Record(True, True, 1), backend))
+    direct = ops.mlp_langevin_chain(z, mlp, update, 3, Record(True, True, 1), backend=backend.name)
+    step = ops.langevin_step(z, z, update.at_step(0), backend=backend.name)
+    assert not any(t.requires_grad for t in (*chain, *direct, step))
+
+
+def leaves_of(z, mlp):
+    return [z, *mlp.weights, *mlp.biases, mlp.context_bias]
+
+
+@pytest.mark.parametrize("use", ["energy", "grad", "both"])
+def test_gradients_of_energy_and_gradient(backend, use):
+    """Against autograd through the formulas, in float32 as the backends compute."""
+    z, mlp = problem(backend)
+
+    def run(function):
+        z_leaf, mlp_leaf = z.detach().clone().requires_grad_(), attached(mlp)
+        energy, grad = function(z_leaf, mlp_leaf)
+        value = (energy * energy.detach().cos()).sum() if use != "grad" else 0.0
+        value = value + ((grad * grad.detach().sin()).sum() if use != "energy" else 0.0)
+        return torch.autograd.grad(value, leaves_of(z_leaf, mlp_leaf), allow_unused=True)
+
+    ours = run(lambda z, mlp: ops.mlp_energy_grad(z, mlp, backend=backend.name))
+    for a, b in zip(ours, run(eager.mlp_energy_grad), strict=True):
+        if a is None or b is None:  # the gradient does not depend on the last bias
+            assert a is None or not a.any()
+            continue
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gradcheck_and_gradgradcheck():
+    z, mlp = normal(3, 4).double(), moved(random_mlp((4, 5, 5, 1), "silu", chains=3, context=True), dtype=torch.float64)
+
+    def value(z, w0, w1, w2, b0, b1, b2, context):
+        return ops.mlp_energy_grad(z, MLP(mlp.spec, (w0, w1, w2), (b0, b1, b2), context), backend="eager")
+
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves_of(z, mlp)]
+    assert torch.autograd.gradcheck(value, leaves)
+    assert torch.autograd.gradgradcheck(value, leaves)
+
+
+def test_export_holds_the_operator():
+    z, mlp = normal(3, 4), random_mlp((4, 5, 1))
+
+    class Chain(torch.nn.Module):
+        def forward(self, z):
+            return ops.mlp_langevin_chain(z, mlp, plain_update(2, 4), 2).z
+
+    program = torch.export.export(Chain(), (z,))
+    assert "jlebm_fast.mlp_langevin_chain" in str(program.graph)
+    assert torch.equal(program.module()(z), Chain()(z))
