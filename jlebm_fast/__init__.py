@@ -6,7 +6,7 @@
 >>> z = prior([torch.randn(100, d) for d in (2, 2, 2, 10)])
 """
 
-from . import compat, registration
+from . import compat, registration  # noqa: F401  importing it registers torch.ops.jlebm_fast
 from .dynamics import GaussianPrior
 from .energy import EnergyMLP
 from .functional import energy_and_grad, langevin_noise, langevin_step
