@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/philox.h" // JLEBM_HD
+
 namespace jlebm {
 
 constexpr int kMaxHiddenLayers = 16;
@@ -37,8 +39,8 @@ struct MlpParams {
     const float* context_bias = nullptr;             // [chains, H_1] or null
     const int64_t* logit = nullptr;                  // [chains], for Head::kLogit
 
-    int dim() const { return widths[0]; }
-    int n_logits() const { return widths[n_hidden + 1]; }
+    JLEBM_HD int dim() const { return widths[0]; }
+    JLEBM_HD int n_logits() const { return widths[n_hidden + 1]; }
 };
 
 // z <- z + c_grad * grad + c_prior * ((mean - z) * precision + extra_grad) + c_noise * eps
@@ -56,6 +58,9 @@ struct UpdateParams {
     uint64_t noise_key = 0;
     uint32_t first_step = 0;
     uint32_t first_chain = 0;
+    // CUDA only, else null: the key stands in device memory and replaces noise_key (replays of a graph draw fresh
+    // noise)
+    const uint64_t* noise_key_at = nullptr;
 };
 
 // Kept steps are those k with (k + 1) % thin == 0; each pointer may be null.
@@ -72,7 +77,8 @@ struct LangevinNoiseParams {
     uint64_t noise_key = 0;
     uint32_t first_step = 0, first_chain = 0, stream = 0;
     int64_t n_steps = 0, chains = 0, dim = 0;
-    float* out = nullptr; // [n_steps, chains, dim]
+    float* out = nullptr;                   // [n_steps, chains, dim]
+    const uint64_t* noise_key_at = nullptr; // as in UpdateParams
 };
 
 struct LangevinStepParams {
@@ -99,6 +105,9 @@ struct MlpEnergyGradParams {
     MlpParams mlp;
     float* energy = nullptr; // [chains]
     float* grad = nullptr;   // [chains, dim] or null
+    // CUDA only, else null: what the gradients in the parameters need, dW_l = delta_l^T h_{l-1} summed over chains
+    float* hidden[kMaxHiddenLayers] = {}; // [chains, H_l] h_l, or null
+    float* delta[kMaxHiddenLayers] = {};  // [chains, H_l] delta_l = df / da_l, or null
 };
 
 struct MlpLangevinChainParams {

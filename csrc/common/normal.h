@@ -14,23 +14,32 @@
 
 #include "philox.h"
 
+#if defined(__CUDACC__)
+// nvcc knows a constexpr array in device code only by this, and then only there
+#define JLEBM_TABLE __device__ constexpr
+#define JLEBM_LANES __device__ __forceinline__
+#else
+#define JLEBM_TABLE constexpr
+#define JLEBM_LANES inline
+#endif
+
 namespace jlebm {
 
 // ln(1 + f) = f Q(f) on [sqrt(1/2) - 1, sqrt(2) - 1], relative error 2.6e-8
-constexpr float kLogQ[9] = {1.0f,
-                            -0.4999997913837433f,
-                            0.3333415985107422f,
-                            -0.25002944469451904f,
-                            0.19958415627479553f,
-                            -0.1654374599456787f,
-                            0.14917394518852234f,
-                            -0.14482136070728302f,
-                            0.08959802985191345f};
+JLEBM_TABLE float kLogQ[9] = {1.0f,
+                              -0.4999997913837433f,
+                              0.3333415985107422f,
+                              -0.25002944469451904f,
+                              0.19958415627479553f,
+                              -0.1654374599456787f,
+                              0.14917394518852234f,
+                              -0.14482136070728302f,
+                              0.08959802985191345f};
 constexpr int32_t kSqrtHalfBits = 0x3f3504f3;
 constexpr float kLn2 = 0.6931471805599453f;
 // sin(2 pi x) = x S(x^2), cos(2 pi x) = 1 + x^2 C(x^2) on |x| <= 1/8, errors 3e-9 and 2e-10
-constexpr float kSinS[4] = {6.2831854820251465f, -41.3416633605957f, 81.5925521850586f, -75.40206909179688f};
-constexpr float kCosC[4] = {-19.739208221435547f, 64.93936920166016f, -85.44882202148438f, 59.42434310913086f};
+JLEBM_TABLE float kSinS[4] = {6.2831854820251465f, -41.3416633605957f, 81.5925521850586f, -75.40206909179688f};
+JLEBM_TABLE float kCosC[4] = {-19.739208221435547f, 64.93936920166016f, -85.44882202148438f, 59.42434310913086f};
 
 template <class F>
 struct NormalPair {
@@ -38,7 +47,7 @@ struct NormalPair {
 };
 
 template <class Ops>
-JLEBM_HD NormalPair<typename Ops::F> box_muller(typename Ops::U word0, typename Ops::U word1) {
+JLEBM_LANES NormalPair<typename Ops::F> box_muller(typename Ops::U word0, typename Ops::U word1) {
     using F = typename Ops::F;
     using I = typename Ops::I;
     using U = typename Ops::U;

@@ -1,0 +1,223 @@
+// A group's chains through all steps: energy and gradient, then the update, one thread for each quadruple of
+// coordinates.
+//
+//     z <- z + c_grad * grad + c_prior * ((mean - z) * precision + extra_grad) + c_noise * eps
+// Sums over coordinates are added quadruple after quadruple, whoever computed them, so results do not depend on the
+// geometry of the launch.
+#pragma once
+
+#include "cuda/mlp_layers.h"
+#include "cuda/normal_quad.h"
+
+namespace jlebm {
+namespace cuda {
+
+template <int kPrecision, int kChainTiles, bool kResident>
+class LangevinGroup : private ChainGroup<kPrecision, kChainTiles, kResident> {
+    using Base = ChainGroup<kPrecision, kChainTiles, kResident>;
+    using Base::call_, Base::plan_, Base::mlp_, Base::thread_, Base::threads_, Base::first_, Base::memory_;
+    using Base::kChains;
+    using O = typename Base::O;
+
+public:
+    JLEBM_DEVICE LangevinGroup(const MlpCall& call)
+        : Base(call), dim_(call.mlp.dim()), n_items_((dim_ + 3) / 4 * kChains),
+          // Items are dealt from the last thread on: the first warps have the larger share of the gradient's row tiles
+          // and are the last to finish them.
+          first_item_(threads_ - 1 - thread_),
+          key_(call.update.noise_key_at ? *call.update.noise_key_at : call.update.noise_key) {}
+
+    JLEBM_DEVICE void run() {
+        load();
+        this->sync(After::kUpdate);
+        for (int64_t step = 0; step < call_.n_steps; ++step) {
+            float energy = 0.0f;
+            this->energy_and_grad(energy);
+            if (call_.out)
+                update(step, energy);
+            else
+                this->sync(After::kGrad);
+            if (call_.energy && thread_ < kChains && first_ + thread_ < call_.chains)
+                call_.energy[first_ + thread_] = energy;
+        }
+        finish();
+        this->stream_.finish();
+    }
+
+private:
+    struct Quad {
+        float v[4];
+    };
+    struct Coefficients {
+        float grad, prior, noise;
+    };
+
+    JLEBM_DEVICE int quad_of(int item) const { return item / kChains; }
+    JLEBM_DEVICE int chain_of(int item) const { return item % kChains; }
+    JLEBM_DEVICE bool is_real(int item) const { return item < n_items_ && first_ + chain_of(item) < call_.chains; }
+
+    JLEBM_DEVICE Quad read_rows(const float* rows, int64_t row, int quad) const {
+        const float* at = rows + row * dim_ + 4 * quad;
+        if (call_.whole_quads) {
+            const float4 v = *reinterpret_cast<const float4*>(at);
+            return {{v.x, v.y, v.z, v.w}};
+        }
+        Quad q;
+        for (int i = 0; i < 4; ++i) q.v[i] = 4 * quad + i < dim_ ? at[i] : 0.0f;
+        return q;
+    }
+    JLEBM_DEVICE void write_rows(float* rows, int64_t row, int quad, const Quad& q) const {
+        float* at = rows + row * dim_ + 4 * quad;
+        if (call_.whole_quads) {
+            *reinterpret_cast<float4*>(at) = make_float4(q.v[0], q.v[1], q.v[2], q.v[3]);
+            return;
+        }
+        for (int i = 0; i < 4; ++i)
+            if (4 * quad + i < dim_) at[i] = q.v[i];
+    }
+
+    JLEBM_DEVICE Quad load_z(int item) const {
+        if (!plan_.z_in_shared) return read_rows(call_.out, first_ + chain_of(item), quad_of(item));
+        const float4 v = reinterpret_cast<const float4*>(memory_ + plan_.z_at)[item];
+        return {{v.x, v.y, v.z, v.w}};
+    }
+    JLEBM_DEVICE void store_z(int item, const Quad& z) const {
+        if (plan_.z_in_shared)
+            reinterpret_cast<float4*>(memory_ + plan_.z_at)[item] = make_float4(z.v[0], z.v[1], z.v[2], z.v[3]);
+        else if (call_.out)
+            write_rows(call_.out, first_ + chain_of(item), quad_of(item), z);
+        const int quad = quad_of(item), chain = chain_of(item);
+        for (int i = 0; i < 4; ++i) this->store_operand(0, 4 * quad + i, chain, z.v[i]);
+        // Features up to the tile's end meet zero weights, but 0 * NaN of an earlier layer's leftovers would be NaN.
+        if (quad == (dim_ + 3) / 4 - 1)
+            for (int d = 4 * quad + 4; d < round_up(dim_, kTileRows); ++d) this->store_operand(0, d, chain, 0.0f);
+    }
+
+    JLEBM_DEVICE void load() {
+        for (int item = first_item_; item < n_items_; item += threads_) {
+            Quad z = {};
+            if (is_real(item)) z = read_rows(call_.z, first_ + chain_of(item), quad_of(item));
+            if (is_real(item) || plan_.z_in_shared) store_z(item, z);
+        }
+    }
+
+    JLEBM_DEVICE Quad noise_of(int item, int64_t step) const {
+        const int64_t chain = first_ + chain_of(item);
+        if (call_.update.noise) return read_rows(call_.update.noise, step * call_.chains + chain, quad_of(item));
+        Quad eps;
+        normal_quad(eps.v, uint32_t(quad_of(item)), call_.update.first_chain + uint32_t(chain),
+                    call_.update.first_step + uint32_t(step), kStreamLangevin, key_);
+        return eps;
+    }
+
+    JLEBM_DEVICE void update(int64_t step, float energy) {
+        const RecordParams& record = call_.record;
+        const float* c = call_.update.step_coefficients + 3 * step;
+        const Coefficients coefficients{load_readonly(c), load_readonly(c + 1), load_readonly(c + 2)};
+        const bool noisy = coefficients.noise != 0.0f;
+        const bool kept = (step + 1) % record.thin == 0;
+        const int64_t kept_index = (step + 1) / record.thin - 1;
+        const bool diagnostics = record.grad_norm || record.displacement || record.first_bad_step;
+        float* trajectory = kept && record.trajectory ? record.trajectory + kept_index * call_.chains * dim_ : nullptr;
+
+        // the first quadruple's noise needs no gradient: drawn while other warps still multiply
+        Quad eps = {};
+        if (noisy && is_real(first_item_)) eps = noise_of(first_item_, step);
+        this->sync(After::kGrad);
+#pragma unroll 1
+        for (int item = first_item_; item < n_items_; item += threads_) {
+            if (!is_real(item)) continue;
+            if (noisy && item != first_item_) eps = noise_of(item, step);
+            update_quad(item, coefficients, eps, noisy, diagnostics, trajectory);
+        }
+        this->sync(After::kUpdate);
+        if (kept && record.energy && thread_ < kChains && first_ + thread_ < call_.chains)
+            record.energy[kept_index * call_.chains + first_ + thread_] = energy;
+        if (!diagnostics) return;
+        if (thread_ < kChains && first_ + thread_ < call_.chains) record_chain(step, kept, kept_index);
+        this->sync(After::kDiagnostics); // the sums lie where the next step's slopes go
+    }
+
+    JLEBM_DEVICE void update_quad(int item, const Coefficients& step, const Quad& eps, bool noisy, bool diagnostics,
+                                  float* trajectory) const {
+        const UpdateParams& u = call_.update;
+        const int quad = quad_of(item);
+        const int64_t chain = first_ + chain_of(item);
+        float* grad = this->grad_at(quad, chain_of(item));
+        Quad z = load_z(item);
+        Coefficients c = step;
+        if (u.chain_coefficients) {
+            const float* factors = u.chain_coefficients + 3 * chain;
+            c.grad *= load_readonly(factors), c.prior *= load_readonly(factors + 1);
+            c.noise *= load_readonly(factors + 2);
+        }
+        float grad2 = 0.0f, move2 = 0.0f, bad = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int d = 4 * quad + i;
+            if (d >= dim_) break;
+            const float z0 = z.v[i];
+            float g = grad[i * kTileChains];
+            float z1 = fma_rn(c.grad, g, z0);
+            if (u.prior_precision) {
+                const float precision = load_readonly(u.prior_precision + chain * u.prior_precision_stride + d);
+                float pull = -z0;
+                if (u.prior_mean) pull = load_readonly(u.prior_mean + chain * u.prior_mean_stride + d) - z0;
+                z1 = fma_rn(c.prior * precision, pull, z1);
+            }
+            if (u.extra_grad) {
+                const float extra = load_readonly(u.extra_grad + chain * dim_ + d);
+                z1 = fma_rn(c.prior, extra, z1);
+                g += extra;
+            }
+            if (noisy) z1 = fma_rn(c.noise, eps.v[i], z1);
+            if (u.frozen && load_readonly(u.frozen + chain * u.frozen_stride + d)) z1 = z0;
+            z.v[i] = z1;
+            const float move = z1 - z0;
+            grad2 = fma_rn(g, g, grad2);
+            move2 = fma_rn(move, move, move2);
+            bad = fma_rn(z1, 0.0f, bad); // inf * 0 and NaN * 0 are NaN
+        }
+        store_z(item, z);
+        if (trajectory) write_rows(trajectory, chain, quad, z);
+        if (diagnostics) // in the quadruple's own rows of the gradient, which nobody else reads
+            grad[0] = grad2, grad[kTileChains] = move2, grad[2 * kTileChains] = bad;
+    }
+
+    JLEBM_DEVICE void record_chain(int64_t step, bool kept, int64_t kept_index) {
+        const RecordParams& record = call_.record;
+        float grad2 = 0.0f, move2 = 0.0f, bad = 0.0f;
+        for (int quad = 0; 4 * quad < dim_; ++quad) {
+            const float* sums = this->grad_at(quad, thread_);
+            grad2 += sums[0], move2 += sums[kTileChains], bad += sums[2 * kTileChains];
+        }
+        if (bad != bad && first_bad_ < 0) first_bad_ = step;
+        if (!kept) return;
+        const int64_t at = kept_index * call_.chains + first_ + thread_;
+        if (record.grad_norm) record.grad_norm[at] = sqrt_rn(grad2);
+        if (record.displacement) record.displacement[at] = sqrt_rn(move2);
+    }
+
+    JLEBM_DEVICE void finish() {
+        for (int item = first_item_; item < n_items_; item += threads_) {
+            if (!is_real(item)) continue;
+            const int64_t chain = first_ + chain_of(item);
+            if (call_.out && plan_.z_in_shared) write_rows(call_.out, chain, quad_of(item), load_z(item));
+            if (call_.grad) {
+                const float* grad = this->grad_at(quad_of(item), chain_of(item));
+                Quad g;
+                for (int i = 0; i < 4; ++i) g.v[i] = grad[i * kTileChains];
+                write_rows(call_.grad, chain, quad_of(item), g);
+            }
+        }
+        if (call_.record.first_bad_step && thread_ < kChains && first_ + thread_ < call_.chains)
+            call_.record.first_bad_step[first_ + thread_] = first_bad_;
+    }
+
+    const int dim_, n_items_, first_item_;
+    const uint64_t key_;
+    int64_t first_bad_ = -1;
+};
+
+} // namespace cuda
+} // namespace jlebm

@@ -1,0 +1,172 @@
+// Which regime, how many chains a group, how many groups a block: by an estimate of the cycles of a step.
+#include "cuda/mlp_plan.h"
+
+#include <algorithm>
+
+namespace jlebm {
+namespace cuda {
+namespace {
+
+// Estimates of one multiprocessor, in cycles; from instruction rates, to be replaced by measured ones.
+constexpr double kPhaseLatency = 120;          // of a product: barrier, first loads, activation of one tile
+constexpr double kStepLatency = 36;            // of one step of the contraction, each waiting for the one before
+constexpr double kProductCycles = 1.6;         // of one m16n8 instruction, four tensor cores at work
+constexpr double kLoadCyclesPer128Bytes = 1;   // shared memory
+constexpr double kStreamCyclesPer128Bytes = 4; // L2, all multiprocessors at once
+constexpr double kElementCycles = 0.15;        // activation or its derivative, of one feature of one chain
+constexpr double kQuadCycles = 1.5;            // noise and update of four coordinates, all schedulers at work
+constexpr double kQuadLatency = 350;           // of the same, in one thread
+
+class Layout {
+public:
+    int take(int64_t bytes) {
+        const int64_t at = end_;
+        end_ += (bytes + 15) / 16 * 16;
+        return int(std::min<int64_t>(at, INT32_MAX));
+    }
+    int64_t bytes() const { return end_; }
+
+private:
+    int64_t end_ = 0;
+};
+
+int n_slope_layers(const MlpNeeds& needs) { return needs.mlp->n_hidden - (needs.logits() ? 0 : 1); }
+
+// fills everything but stream_begin; bytes of shared memory
+int64_t lay_out(const MlpNeeds& needs, MlpPlan* plan) {
+    const MlpParams& mlp = *needs.mlp;
+    const int precision = plan->precision, chains = plan->chains_per_group();
+    const int n_layers = mlp.n_hidden + 1;
+    plan->logits = needs.logits();
+    Layout block;
+    for (int l = 0; l < n_layers; ++l) {
+        const bool used = l < mlp.n_hidden || plan->logits;
+        const int rows = tiles(mlp.widths[l + 1]) * kTileRows;
+        if (used && plan->resident)
+            plan->weights_at[l] = block.take(int64_t(rows) * weight_stride(precision, mlp.widths[l]));
+        if (used) plan->bias_at[l] = block.take(int64_t(rows) * 4);
+    }
+    plan->top_at = block.take(int64_t(tiles(mlp.widths[mlp.n_hidden])) * kTileRows * 4);
+    if (!plan->resident) plan->ring_at = block.take(int64_t(plan->warps) * kRingSlots * kWarp * 16);
+    plan->group_at = block.take(0);
+
+    Layout group;
+    for (int parity = 0; parity < 2; ++parity) {
+        int rows = 0;
+        for (int l = parity; l <= mlp.n_hidden + (plan->logits ? 1 : 0); l += 2)
+            rows = std::max(rows, tiles(mlp.widths[l]) * kTileRows);
+        plan->buffer_plane[parity] = plane_bytes(precision, rows);
+        plan->buffer_at[parity] = group.take(int64_t(plan->chain_tiles) * plan->buffer_plane[parity]);
+    }
+    int64_t slopes = 0;
+    const int over = group.take(0);
+    for (int l = 0; l < n_slope_layers(needs); ++l) {
+        plan->slopes_at[l] = int(over + slopes);
+        slopes += int64_t(tiles(mlp.widths[l + 1])) * kTileRows * chains * element_bytes(precision);
+    }
+    const int64_t grad = int64_t(plan->chain_tiles) * grad_rows(mlp.dim()) * kTileChains * 4;
+    plan->grad_at = group.take(std::max(slopes, grad));
+    if (plan->logits) plan->logits_at = group.take(int64_t(mlp.n_logits()) * chains * 4);
+    if (plan->z_in_shared) plan->z_at = group.take(int64_t((mlp.dim() + 3) / 4) * chains * 16);
+    plan->group_bytes = int(std::min<int64_t>((group.bytes() + 127) / 128 * 128, INT32_MAX));
+    const int64_t total = block.bytes() + plan->groups * (group.bytes() + 127) / 128 * 128;
+    plan->shared_bytes = int(std::min<int64_t>(total, INT32_MAX));
+    return total;
+}
+
+// cycles of a step of all chains: what the multiprocessor must do for all groups of a block, or what one group waits
+// for
+double estimate(const MlpNeeds& needs, const MlpPlan& plan, int multiprocessors) {
+    const MlpParams& mlp = *needs.mlp;
+    const int precision = plan.precision, n = plan.chain_tiles;
+    const bool general = needs.slope_of_logits_general();
+    // one of four tensor cores and schedulers serves a quarter of the warps
+    const int warps_per_core = (plan.warps + 3) / 4;
+    double work = 0, wait = 0;
+    for (int i = 0; i < phase_count(mlp.n_hidden, plan.logits, general); ++i) {
+        const Phase phase = phase_of(i, mlp.n_hidden, plan.logits, general);
+        const int n_tiles = tiles(phase_rows(mlp, phase)), k_steps = phase_steps(mlp, phase, precision);
+        const int most = (n_tiles + plan.warps - 1) / plan.warps; // row tiles of a warp
+        const int at_once = std::min(most, row_tiles(precision, n));
+        const int passes = (most + at_once - 1) / at_once;
+        const double products = k_steps * n * kProductCycles * (precision == kFp32 ? 3 : 1);
+        const double weights = k_steps * 4 * (plan.resident ? kLoadCyclesPer128Bytes : kStreamCyclesPer128Bytes);
+        const double operands = double(k_steps) * n * 2 / at_once * kLoadCyclesPer128Bytes;
+        const double activation = kElementCycles * kTileRows * n * kTileChains;
+        const double tile = std::max(products, weights + operands) + activation;
+        work += n_tiles * tile;
+        wait += kPhaseLatency + std::max(4 * tile * most * warps_per_core, double(passes) * k_steps * kStepLatency);
+    }
+    const int quads = (mlp.dim() + 3) / 4 * n * kTileChains;
+    const int turns = (quads + plan.warps * kWarp - 1) / (plan.warps * kWarp);
+    work += quads * kQuadCycles;
+    wait += kPhaseLatency + turns * kQuadLatency;
+    const int64_t blocks = (needs.chains + plan.chains_per_block() - 1) / plan.chains_per_block();
+    const int64_t rounds = (blocks + multiprocessors - 1) / multiprocessors;
+    return double(rounds) * std::max(wait, plan.groups * work);
+}
+
+void lay_out_streams(const MlpNeeds& needs, MlpPlan* plan) {
+    const MlpParams& mlp = *needs.mlp;
+    const bool general = needs.slope_of_logits_general();
+    int64_t begin = 0;
+    for (int w = 0; w < kMaxWarps; ++w) {
+        plan->stream_begin[w] = begin;
+        if (w >= plan->warps) continue;
+        for (int i = 0; i < phase_count(mlp.n_hidden, plan->logits, general); ++i) {
+            const Phase phase = phase_of(i, mlp.n_hidden, plan->logits, general);
+            const int n_tiles = tiles(phase_rows(mlp, phase));
+            begin += int64_t(first_tile(w + 1, n_tiles, plan->warps) - first_tile(w, n_tiles, plan->warps)) *
+                     phase_steps(mlp, phase, plan->precision);
+        }
+    }
+    plan->stream_begin[kMaxWarps] = begin;
+}
+
+} // namespace
+
+bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, int64_t* least_bytes) {
+    int most_tiles = 1;
+    for (int l = 0; l <= needs.mlp->n_hidden; ++l) most_tiles = std::max(most_tiles, tiles(needs.mlp->widths[l]));
+    bool found = false;
+    double best = 0;
+    if (least_bytes) *least_bytes = INT64_MAX;
+    const int multiprocessors = std::max(1, launch.multiprocessors);
+    for (const bool resident : {true, false})
+        for (const int chain_tiles : {1, 2, 4})
+            for (const int warps : {1, 2, 4, 8})
+                for (const bool z_in_shared : {true, false})
+                    for (int groups = 1; groups * warps <= kMaxWarps; ++groups) {
+                        MlpPlan p;
+                        p.precision = launch.precision;
+                        p.resident = resident, p.chain_tiles = chain_tiles, p.warps = warps, p.groups = groups;
+                        p.z_in_shared = z_in_shared;
+                        if (z_in_shared && !needs.update) continue; // nothing to keep
+                        // more warps than tiles only wait; every group of a streamed block would stream for itself
+                        if (warps > 1 && warps / 2 >= most_tiles) continue;
+                        if (!resident && (groups > 1 || (warps < kMaxWarps && 2 * warps <= most_tiles))) continue;
+                        const int64_t bytes = lay_out(needs, &p);
+                        if (least_bytes) *least_bytes = std::min(*least_bytes, bytes);
+                        if (bytes > launch.max_shared_bytes) continue;
+                        // z in the output's memory costs a little; resident before streamed at the same estimate
+                        const double cycles = estimate(needs, p, multiprocessors) * (z_in_shared ? 1.0 : 1.02);
+                        if (found && cycles >= best) continue;
+                        found = true, best = cycles, *plan = p;
+                    }
+    if (found && !plan->resident) lay_out_streams(needs, plan);
+    return found;
+}
+
+int64_t stream_bytes(const MlpPlan& plan) { return plan.resident ? 0 : plan.stream_begin[kMaxWarps] * kWarp * 16; }
+
+std::string plan_text(const MlpPlan& plan) {
+    static const char* const kNames[kPrecisionCount] = {"fp32 (tf32 x 3)", "tf32", "bf16"};
+    return std::string(plan.resident ? "resident, " : "streamed, ") + kNames[plan.precision] + ", " +
+           std::to_string(plan.chains_per_block()) + " chains a block in " + std::to_string(plan.groups) +
+           (plan.groups == 1 ? " group of " : " groups of ") + std::to_string(plan.warps) +
+           (plan.warps == 1 ? " warp" : " warps") + ", " + std::to_string((plan.shared_bytes + 1023) / 1024) +
+           " KB of shared memory";
+}
+
+} // namespace cuda
+} // namespace jlebm
