@@ -1,0 +1,55 @@
+// What only a GPU has, behind one interface with two implementations:
+//
+//     nvcc                                   below: the instructions themselves
+//     any C++17 compiler, JLEBM_CUDA_ON_HOST  host/emulation.h: a block's threads as fibres that switch at barriers
+//
+// A kernel file includes this, is written in the words below and nothing else that is CUDA's, and is compiled by both.
+//
+//   kernel     JLEBM_KERNEL(max_threads, min_blocks) name(Params p) { … }      returns void; may be a template
+//              JLEBM_PARAMETER Params p: a large record that stays in constant memory, indexed at run time
+//   launch     JLEBM_LAUNCH((name<8, true>), (Geometry{grid, block, shared_bytes}), launch, p)    throws on failure
+//   device fn  JLEBM_DEVICE float name(float a) { … }       inlined;  JLEBM_HD (common/philox.h) is host and device
+//   indices    threadIdx, blockIdx, blockDim, gridDim (.x; blockIdx.y); lane_index(), warp_index(); blockDim.x is a
+//              multiple of 32, and warps are made along x
+//   shared     shared_memory<T>(byte_offset = 0): the block's dynamic shared memory, 1024-byte aligned at offset 0;
+//              there is no other: no __shared__ variables
+//   barriers   sync_block(), sync_group(id, n_threads) and arrive_group(id, n_threads) with id 1 … 15 and n_threads a
+//              multiple of 32, sync_warp()
+//   exchange   shuffle(v, lane), shuffle_xor(v, mask), shuffle_down(v, delta) of 4- and 8-byte values;
+//              warp_any, warp_all (all 32 lanes take part in each of these, and in everything down to ldmatrix)
+//   matrices   mma_m16n8k8_tf32(d, a, b), mma_m16n8k16_bf16(d, a, b): d += a b
+//                  d float[4], a uint32_t[4], b uint32_t[2] by reference
+//                  g = lane / 4, t = lane % 4;   d: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1), row-major 16 x 8
+//                  tf32  a: (g, t) (g+8, t) (g, t+4) (g+8, t+4) of 16 x 8;   b: (k=t, n=g) (k=t+4, n=g) of 8 x 8
+//                  bf16  a: (g, 2t..2t+1) (g+8, 2t..) (g, 2t+8..) (g+8, 2t+8..) of 16 x 16, low half first;
+//                        b: (k=2t..2t+1, n=g) (k=2t+8.., n=g) of 16 x 8
+//              ldmatrix_x1, _x2, _x4(r, row) and ldmatrix_x1_trans, …: lanes 8j … 8j+7 give the 16-byte rows of 8 x 8
+//              matrix j of 16-bit elements, 16-byte aligned, in shared memory; r[j]: elements (g, 2t) (g, 2t+1) of
+//              matrix j, low half first, of its transpose (2t, g) (2t+1, g) with _trans
+//   copies     cp_async_4, _8, _16(shared, global, source_bytes = all): both aligned to the size; the
+//              rest is zero-filled. cp_async_commit(), cp_async_wait<groups that may still fly>(); then a barrier
+//              before other threads read
+//   rounding   to_tf32(float) -> bits, nearest (ties away); to_bf16(float) -> bits, nearest even;
+//              pack_bf16(low, high) -> two of them; from_bf16(bits); float_bits(v), bits_float(bits)
+//              mul_rn, add_rn, sub_rn, fma_rn, sqrt_rn: IEEE, never contracted
+//   fast       exp_few_ulp(float), reciprocal_few_ulp(float): relative error below 4e-7 where the result is normal;
+//              expf, tanhf, erff, log1pf … are those of either C++ library
+//   memory     load_readonly(ptr) for what no thread of the kernel writes; float2, float4, make_float2, make_float4;
+//              atomic_add(ptr, v) -> old (float, int32, uint32, uint64), atomic_min, atomic_max (int32, uint32, int64),
+//              fence_block(), fence_device()
+//
+// The host implementation reports: a barrier or warp-wide instruction that not all reach, misaligned or foreign
+// addresses, copies never waited for; reads before a wait or a write return NaN. Threads run in
+// random order between barriers.
+#pragma once
+
+#include "common/philox.h"
+#include "cuda/geometry.h"
+
+#if defined(JLEBM_CUDA_ON_HOST)
+#include "cuda/host/emulation.h"
+#elif defined(__CUDACC__)
+#include "cuda/chip.h"
+#else
+#error "device.h is for nvcc, or for any compiler with JLEBM_CUDA_ON_HOST defined"
+#endif
