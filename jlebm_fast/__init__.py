@@ -10,6 +10,7 @@ from . import compat, registration  # noqa: F401  importing it registers torch.o
 from .dynamics import GaussianPrior
 from .energy import EnergyMLP
 from .functional import energy_and_grad, langevin_noise, langevin_step
+from .metropolis import MALAInfo, mala
 from .sampler import FastLangevin, LangevinInfo
 from .status import available_backends
 from .verification import verify
@@ -21,11 +22,13 @@ __all__ = [
     "FastLangevin",
     "GaussianPrior",
     "LangevinInfo",
+    "MALAInfo",
     "__version__",
     "available_backends",
     "compat",
     "energy_and_grad",
     "langevin_noise",
     "langevin_step",
+    "mala",
     "verify",
 ]
