@@ -16,7 +16,7 @@ inline void apply_head(const MlpParams& mlp, float* logits, const I* chosen, F* 
         float* at = logits + v * kLanes;
         const F a = load(at);
         switch (mlp.head) {
-        case Head::kIdentity:
+        case Head::kIdentity: // mlp_energy_layers; a chain takes last_layer_of_identity_head in cpu/mlp_lanes.h
             energy[v] = a * scale;
             store(at, scale);
             break;

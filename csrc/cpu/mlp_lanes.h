@@ -26,8 +26,6 @@ struct PackedMlp {
     const float* last_delta;
     const float* last_delta_negative;
     int widest;
-
-    bool needs_logits() const { return params->head != Head::kIdentity; }
 };
 
 inline int64_t packed_floats(const MlpParams& mlp) {
@@ -99,23 +97,95 @@ struct MlpWorkspace {
     }
 };
 
-// Sums w_j h_j over the rows of one tile of the last hidden layer, h [n_vectors / V][V * kLanes].
+// Rows of one tile of the last hidden layer below an identity head, [n_vectors / V][V * kLanes]; w = out_scale W_out.
+//
+// energy += w h
 template <int V>
-JLEBM_INLINE void add_to_logit(const float* w, const float* h, int64_t n_vectors, F* logit) {
+JLEBM_INLINE void add_energy(const float* w, const float* h, int64_t n_vectors, F* energy) {
     F sum[V] = {};
     for (int64_t i = 0; i < n_vectors; i += V) {
         const F weight = splat(*w++);
         for (int v = 0; v < V; ++v) sum[v] = fma(weight, load(h + (i + v) * kLanes), sum[v]);
     }
-    for (int v = 0; v < V; ++v) logit[v] = logit[v] + sum[v];
+    for (int v = 0; v < V; ++v) energy[v] = energy[v] + sum[v];
 }
 
-// row j of a tile times factor[j]
+// slope -> delta = w slope
 template <int V>
-JLEBM_INLINE void scale_rows(const float* factor, float* rows, int64_t n_vectors) {
+JLEBM_INLINE void delta_of_slope(const float* w, float* slope, int64_t n_vectors) {
     for (int64_t i = 0; i < n_vectors; i += V) {
-        const F f = splat(*factor++);
-        for (int v = 0; v < V; ++v) store(rows + (i + v) * kLanes, load(rows + (i + v) * kLanes) * f);
+        const F weight = splat(*w++);
+        for (int v = 0; v < V; ++v) store(slope + (i + v) * kLanes, load(slope + (i + v) * kLanes) * weight);
+    }
+}
+
+// a -> delta, energy += delta a: h = phi' a for the activations that are straight on either side of 0
+template <int V>
+JLEBM_INLINE void leaky_delta_and_energy(const float* positive, const float* negative, float* rows, int64_t n_vectors,
+                                         F* energy) {
+    F sum[V] = {};
+    for (int64_t i = 0; i < n_vectors; i += V) {
+        const F above = splat(*positive++), below = splat(*negative++);
+        for (int v = 0; v < V; ++v) {
+            float* const at = rows + (i + v) * kLanes;
+            const F a = load(at);
+            const F delta = a > 0.0f ? above : below;
+            sum[v] = fma(delta, a, sum[v]);
+            store(at, delta);
+        }
+    }
+    for (int v = 0; v < V; ++v) energy[v] = energy[v] + sum[v];
+}
+
+// h_{l+1} from h_l = in, with what delta_{l+1} will need in ws.slope[l]; returns h_{l+1}
+template <int V>
+inline const float* hidden_layer(const PackedMlp& packed, MlpWorkspace<V>& ws, int l, const float* in) {
+    const MlpParams& mlp = *packed.params;
+    const float* context = l == 0 ? ws.context : nullptr;
+    float* const slope = ws.slope[l];
+    if (packed.fused[l]) {
+        run_layer<V>(packed.forward[l], in, context, slope, LeakyForward{packed.slope[l]});
+        return slope;
+    }
+    float* const h = ws.pre[l & 1];
+    const ActivateRows activate = activate_rows_of(mlp.activations[l]);
+    const float param = mlp.activation_params[l];
+    run_layer<V>(packed.forward[l], in, context, h, StoreSum{},
+                 [=](int64_t at, int64_t n_vectors) { activate(h + at, param, h + at, slope + at, n_vectors); });
+    return h;
+}
+
+// The last hidden layer below an identity head, where delta_L = out_scale W_out phi'(a_L) is at hand with a_L: delta_L
+// into ws.slope, f into `energy` unless it is null.
+template <int V>
+inline void last_layer_of_identity_head(const PackedMlp& packed, MlpWorkspace<V>& ws, const float* in, F* energy) {
+    constexpr int kRow = V * kLanes;
+    const MlpParams& mlp = *packed.params;
+    const int last = mlp.n_hidden - 1;
+    const PackedLayer& layer = packed.forward[last];
+    const float* context = last == 0 ? ws.context : nullptr;
+    float* const slope = ws.slope[last];
+    const float *const positive = packed.last_delta, *const negative = packed.last_delta_negative;
+    if (energy) {
+        const float* bias = mlp.biases[last + 1];
+        for (int v = 0; v < V; ++v) energy[v] = splat(bias ? mlp.out_scale * *bias : 0.0f);
+    }
+    if (packed.fused[last] && !energy) {
+        run_layer<V>(layer, in, context, slope, LeakyDelta<V>{positive, negative, slope});
+    } else if (packed.fused[last]) {
+        run_layer<V>(layer, in, context, slope, StoreSum{}, [=](int64_t at, int64_t n_vectors) {
+            leaky_delta_and_energy<V>(positive + at / kRow, negative + at / kRow, slope + at, n_vectors, energy);
+        });
+    } else {
+        // without the energy nobody needs h: phi' then replaces the pre-activation where it stands
+        float* const pre = energy ? ws.pre[last & 1] : slope;
+        const ActivateRows activate = activate_rows_of(mlp.activations[last]);
+        const float param = mlp.activation_params[last];
+        run_layer<V>(layer, in, context, pre, StoreSum{}, [=](int64_t at, int64_t n_vectors) {
+            activate(pre + at, param, energy ? pre + at : nullptr, slope + at, n_vectors);
+            delta_of_slope<V>(positive + at / kRow, slope + at, n_vectors);
+            if (energy) add_energy<V>(positive + at / kRow, pre + at, n_vectors, energy);
+        });
     }
 }
 
@@ -123,65 +193,27 @@ JLEBM_INLINE void scale_rows(const float* factor, float* rows, int64_t n_vectors
 template <int V>
 inline void energy_and_grad(const PackedMlp& packed, MlpWorkspace<V>& ws, const I* chosen, bool want_energy,
                             F* energy) {
-    constexpr int kRow = V * kLanes;
     const MlpParams& mlp = *packed.params;
     const int last = mlp.n_hidden - 1;
-    const bool want_logits = want_energy || packed.needs_logits();
-    // one logit is summed tile by tile beside the last hidden layer: a layer of its own would wait on its only sum
-    const PackedLayer& out = packed.forward[last + 1];
-    const bool one_logit = want_logits && out.n_out == 1;
-    F logit[V];
-    for (int v = 0; v < V; ++v) logit[v] = out.bias ? splat(out.bias[0]) : F{};
-    const float* in = ws.z;
-    for (int l = 0; l <= last; ++l) {
-        const float* context = l == 0 ? ws.context : nullptr;
-        const bool sum_logit = one_logit && l == last;
-        // without logits nobody needs the last h, and delta_L is at hand with a_L
-        const bool only_delta = !want_logits && l == last;
-        float* const slope = ws.slope[l];
-        const PackedLayer& layer = packed.forward[l];
-        if (packed.fused[l]) {
-            const LeakyForward forward{packed.slope[l]};
-            if (only_delta)
-                run_layer<V>(layer, in, context, slope,
-                             LeakyDelta<V>{packed.last_delta, packed.last_delta_negative, slope});
-            else if (sum_logit)
-                run_layer<V>(layer, in, context, slope, forward, [&](int64_t at, int64_t n_vectors) {
-                    add_to_logit<V>(out.weights + at / kRow, slope + at, n_vectors, logit);
-                });
-            else
-                run_layer<V>(layer, in, context, slope, forward);
-            in = slope;
-        } else {
-            float* const pre = only_delta ? slope : ws.pre[l & 1];
-            const ActivateRows activate = activate_rows_of(mlp.activations[l]);
-            const float param = mlp.activation_params[l];
-            run_layer<V>(layer, in, context, pre, StoreSum{}, [&](int64_t at, int64_t n_vectors) {
-                activate(pre + at, param, only_delta ? nullptr : pre + at, slope + at, n_vectors);
-                if (only_delta) scale_rows<V>(packed.last_delta + at / kRow, slope + at, n_vectors);
-                if (sum_logit) add_to_logit<V>(out.weights + at / kRow, pre + at, n_vectors, logit);
-            });
-            in = pre;
-        }
-    }
-    if (want_logits) {
-        if (one_logit) {
-            for (int v = 0; v < V; ++v) store(ws.logits + v * kLanes, logit[v]);
-        } else {
-            run_layer<V>(out, in, nullptr, ws.logits, StoreSum{});
-        }
-        apply_head<V>(mlp, ws.logits, chosen, energy);
-    }
-    const float* delta = want_logits ? ws.logits : ws.slope[last];
-    for (int l = want_logits ? last : last - 1; l >= 0; --l) {
-        float* to = ws.slope[l];
+    const float* h = ws.z;
+    for (int l = 0; l < last; ++l) h = hidden_layer<V>(packed, ws, l, h);
+    const auto backward = [&](int l, const float* delta) {
+        float* const to = ws.slope[l];
         if (packed.fused[l])
             run_layer<V>(packed.backward[l + 1], delta, nullptr, to, LeakyBackward{packed.slope[l]});
         else
             run_layer<V>(packed.backward[l + 1], delta, nullptr, to, SlopeBackward{});
-        delta = to;
+    };
+    if (mlp.head == Head::kIdentity) {
+        last_layer_of_identity_head<V>(packed, ws, h, want_energy ? energy : nullptr);
+    } else {
+        h = hidden_layer<V>(packed, ws, last, h);
+        run_layer<V>(packed.forward[last + 1], h, nullptr, ws.logits, StoreSum{});
+        apply_head<V>(mlp, ws.logits, chosen, energy);
+        backward(last, ws.logits);
     }
-    run_layer<V>(packed.backward[0], delta, nullptr, ws.grad, StoreSum{});
+    for (int l = last - 1; l >= 0; --l) backward(l, ws.slope[l + 1]);
+    run_layer<V>(packed.backward[0], ws.slope[0], nullptr, ws.grad, StoreSum{});
 }
 
 } // namespace JLEBM_TARGET
