@@ -78,15 +78,16 @@ def plan(cases: tuple[str, ...], names: list[str], everything: bool, every_core:
     todo = []
     for name in small:
         spectral = everything and CASES[name].spectral_norm
-        todo.append(_chain(name, CASES[name].batch, names if everything else quick, spectral, rounds=9))
+        todo.append(_chain(name, CASES[name].batch, names if everything else quick, spectral, rounds=13))
     for name in small:
         todo.append(_chain(name, MANY, names if everything else [], False, rounds=5))
     if everything:
         for name in cases:
             if name not in _SMALL:
-                todo.append(_chain(name, CASES[name].batch, names, False, rounds=5))
+                todo.append(_chain(name, CASES[name].batch, names, False, rounds=3))
         for name in small:
-            for chains, rounds in ((CASES[name].batch, 15), (MANY, 9)):
+            todo.append({"kind": "share", "case": name, "chains": MANY, "rounds": 31})
+            for chains, rounds in ((CASES[name].batch, 31), (MANY, 15)):
                 todo.append({"kind": "diagnostics", "case": name, "chains": chains, "rounds": rounds})
             todo.append({"kind": "op", "case": name, "chains": MANY, "rounds": 9})
     return todo

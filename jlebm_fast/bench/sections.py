@@ -36,6 +36,9 @@ class Record:
     gflops        arithmetic of the gradient alone per second of the whole call; None where not counted
     fma_peak      GFLOP/s of multiply-adds, measured with the same threads before and after each turn, mean; or None
     fma_fraction  median over the turns of the turn's GFLOP/s by the peak measured around that turn; or None
+    fma_fraction_best   GFLOP/s of the fastest call by the highest of those peaks: what is left when other users of the
+                  machine are quiet; or None
+    turns_s       median seconds of each turn; contenders of one case take turns, so n-th turns are neighbours in time
     """
 
     section: str
@@ -50,6 +53,8 @@ class Record:
     gflops: float | None = None
     fma_peak: float | None = None
     fma_fraction: float | None = None
+    fma_fraction_best: float | None = None
+    turns_s: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -104,7 +109,8 @@ class Contenders:
         return [self._record(name, timing, flops) for name, timing in timings.items()]
 
     def _record(self, name: str, timing: Timing, flops: int | None) -> Record:
-        turns = timing.turns if flops else ()
+        rates = timing.rates if flops else ()
+        fractions = [flops / s / 1e9 / rate for s, rate in zip(timing.turns, rates, strict=True)] if rates else []
         return Record(
             section=self.section,
             op=self.op,
@@ -116,8 +122,10 @@ class Contenders:
             timing=timing.summary(),
             parity=dataclasses.asdict(self.checks[name]),
             gflops=None if flops is None else flops / timing.median / 1e9,
-            fma_peak=statistics.mean(peak for _, peak in turns) if turns else None,
-            fma_fraction=statistics.median(flops / s / 1e9 / peak for s, peak in turns) if turns else None,
+            fma_peak=statistics.mean(rates) if rates else None,
+            fma_fraction=statistics.median(fractions) if rates else None,
+            fma_fraction_best=flops / min(timing.seconds) / 1e9 / max(rates) if rates else None,
+            turns_s=timing.turns,
         )
 
 
@@ -147,6 +155,19 @@ def chain_times(
     threads = torch.get_num_threads()
     records = contenders.measure(rounds, peak_of=threads, flops=case.flops(chains))
     return records, contenders.failed
+
+
+def share_of_peak(case: Case, chains: int, rounds: int, say: Say) -> tuple[list[Record], list[Parity]]:
+    """Whole chains of our backends alone, in many turns between measurements of the multiply-add peak."""
+    network = case.network()
+    z0 = case.initial(chains)
+    contenders = Contenders("share", "mlp_langevin_chain", case, chains, say)
+    for backend in parity.backends_with_kernels():
+        sampler = sampler_of(case, network, backend.NAME)
+        contenders.add(
+            backend.NAME, functools.partial(sampler, z0), parity.chain(case, network, sampler, min(chains, 1000))
+        )
+    return contenders.measure(rounds, peak_of=torch.get_num_threads(), flops=case.flops(chains)), contenders.failed
 
 
 def diagnostics_cost(case: Case, chains: int, rounds: int, say: Say) -> tuple[list[Record], list[Parity]]:

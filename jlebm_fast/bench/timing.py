@@ -17,11 +17,13 @@ _LEAST_ROUNDS = 3
 class Timing:
     """Wall-clock times of single calls, in seconds.
 
-    turns         (median seconds of one turn, the machine's rate measured just before and after it), if asked for
+    turns         median seconds of each turn
+    rates         the machine's rate measured just before and after each turn, mean; empty if not asked for
     """
 
     seconds: tuple[float, ...]
-    turns: tuple[tuple[float, float], ...] = ()
+    turns: tuple[float, ...] = ()
+    rates: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -58,7 +60,8 @@ def interleaved(
     first = {name: _second_call(run) for name, run in contenders.items()}
     calls = {name: max(1, math.ceil(_BURST_SECONDS / seconds)) for name, seconds in first.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    turns: dict[str, list[float]] = {name: [] for name in contenders}
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + _PATIENCE_SECONDS
     for done in range(rounds):
         if done >= _LEAST_ROUNDS and time.perf_counter() > end:
@@ -69,9 +72,10 @@ def interleaved(
                 run()
             turn = [timed(run) for _ in range(calls[name])]
             seconds[name] += turn
+            turns[name].append(statistics.median(turn))
             if rate:
-                turns[name].append((statistics.median(turn), (before + rate()) / 2))
-    return {name: Timing(tuple(seconds[name]), tuple(turns[name])) for name in contenders}
+                rates[name].append((before + rate()) / 2)
+    return {name: Timing(tuple(seconds[name]), tuple(turns[name]), tuple(rates[name])) for name in contenders}
 
 
 def _second_call(run: Callable[[], object]) -> float:

@@ -15,7 +15,12 @@ import torch
 from jlebm_fast.bench import peak, sections
 from jlebm_fast.bench.cases import CASES
 
-_KINDS = {"chain": sections.chain_times, "diagnostics": sections.diagnostics_cost, "op": sections.op_times}
+_KINDS = {
+    "chain": sections.chain_times,
+    "share": sections.share_of_peak,
+    "diagnostics": sections.diagnostics_cost,
+    "op": sections.op_times,
+}
 
 
 def work(plan: dict) -> dict:
