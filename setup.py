@@ -27,6 +27,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DJLEBM_VERSION={self.distribution.get_version()}",
             f"-DJLEBM_CUDA={os.environ.get('JLEBM_CUDA', 'auto')}",
+            *_given("JLEBM_CUDA_ARCHS"),
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         # cmake and ninja installed beside this Python are found although its environment is not activated
@@ -35,6 +36,10 @@ class CMakeBuild(build_ext):
         # a new Python or an isolated build's vanished tools must not meet an old cache
         subprocess.check_call([*configure, "--fresh"] if _cmake_knows_fresh() else configure)
         subprocess.check_call(["cmake", "--build", str(build), "--target", "_C"])
+
+
+def _given(name: str) -> list[str]:
+    return [f"-D{name}={os.environ[name]}"] if os.environ.get(name) else []
 
 
 def _cmake_knows_fresh() -> bool:
