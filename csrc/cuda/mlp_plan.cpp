@@ -148,6 +148,9 @@ bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, in
                         const int64_t bytes = lay_out(needs, &p);
                         if (least_bytes) *least_bytes = std::min(*least_bytes, bytes);
                         if (bytes > launch.max_shared_bytes) continue;
+#if defined(JLEBM_CUDA_ON_HOST)
+                        if (plan_allowed && !plan_allowed(p)) continue;
+#endif
                         // z in the output's memory costs a little; resident before streamed at the same estimate
                         const double cycles = estimate(needs, p, multiprocessors) * (z_in_shared ? 1.0 : 1.02);
                         if (found && cycles >= best) continue;

@@ -116,6 +116,10 @@ constexpr JLEBM_HD int phase_steps(const MlpParams& mlp, Phase phase, int precis
     return (k + step_k(precision) - 1) / step_k(precision);
 }
 
+#if defined(JLEBM_CUDA_ON_HOST)
+inline bool (*plan_allowed)(const MlpPlan&) = nullptr; // tests try every geometry, not only the one of least time
+#endif
+
 // The plan of least estimated time among those that fit; false if none does. `least_bytes`, if given, is the shared
 // memory of the smallest plan.
 bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, int64_t* least_bytes = nullptr);

@@ -121,7 +121,7 @@ public:
         });
         for (int i = 0; i < int(threads_.size()); ++i) ready_.push_back(i);
         while (!ready_.empty()) {
-            const int pick = order_.below(int(ready_.size()));
+            const int pick = next_ready();
             running_ = ready_[size_t(pick)];
             ready_[size_t(pick)] = ready_.back();
             ready_.pop_back();
@@ -187,6 +187,19 @@ public:
     int running_index() const { return running_; }
 
 private:
+    // Any thread, but now and then one warp falls far behind the others: a race of a slow warp with a fast one that has
+    // long work between shows only then.
+    int next_ready() {
+        const int n_warps = int(warps_.size()), n_ready = int(ready_.size());
+        if (--picks_until_laggard_ <= 0) {
+            laggard_ = order_.below(2 * n_warps); // none in half of the cases
+            picks_until_laggard_ = 1 << (5 + order_.below(9));
+        }
+        int pick = order_.below(n_ready);
+        for (int i = 0; i < 6 && ready_[size_t(pick)] / kWarp == laggard_; ++i) pick = order_.below(n_ready);
+        return pick;
+    }
+
     struct Free {
         void operator()(unsigned char* p) const { std::free(p); }
     };
@@ -242,6 +255,7 @@ private:
     }
 
     FibrePool& fibres_;
+    int laggard_ = -1, picks_until_laggard_ = 0;
     Order order_;
     std::vector<Thread> threads_;
     std::vector<Warp> warps_;

@@ -1,0 +1,259 @@
+"""The MLP kernels of csrc/cuda compiled for this processor, and the calls that the tests make of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import math
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+import torch
+from torch import Tensor
+
+from jlebm_fast.backends import cpu, eager
+from jlebm_fast.problem import MLP, ChainResult, MLPSpec, Record, Update
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = (
+    "csrc/cuda/mlp_plan.cpp",
+    "csrc/cuda/mlp_langevin_chain.cu",
+    "csrc/cuda/mlp_energy_grad.cu",
+    "csrc/cuda/host/block.cpp",
+    "csrc/cuda/host/fibres.cpp",
+    "csrc/cuda/host/tensor_core.cpp",
+    "tests/cuda/mlp_host.cpp",
+)
+PRECISIONS = {"fp32": 0, "tf32": 1, "bf16": 2}
+H100_SHARED, A100_SHARED, CONSUMER_SHARED = 232448, 166912, 101376
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+def build(*flags: str, precisions: tuple[str, ...] = tuple(PRECISIONS)) -> Path:
+    """The module's file, built once for these sources and flags, whatever the number of test runs beside this one."""
+    sources = [*SOURCES, *(f"csrc/cuda/mlp_kernel_{name}.cu" for name in precisions)]
+    flags = (*flags, *(f"-DWITH_{name.upper()}" for name in precisions))
+    text = hashlib.sha256(" ".join(flags).encode())
+    for path in sorted([*(ROOT / "csrc").rglob("*"), ROOT / "tests/cuda/mlp_host.cpp"]):
+        if path.is_file() and "cpu" not in path.parts:
+            text.update(path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"jlebm_mlp_host_{os.getuid()}_{text.hexdigest()[:20]}"
+    folder.mkdir(exist_ok=True)
+    module = folder / f"mlp_host_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not module.exists():
+            _compile(folder, module, sources, flags)
+    return module
+
+
+def _compile(folder: Path, module: Path, sources: list[str], flags: tuple[str, ...]) -> None:
+    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    common = [compiler(), "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w", *flags]
+    common += ["-DJLEBM_CUDA_ON_HOST", *(f"-I{path}" for path in includes)]
+
+    def one(source: str) -> str:
+        out = folder / (Path(source).name + ".o")
+        subprocess.run([*common, "-x", "c++", "-c", ROOT / source, "-o", out], check=True)
+        return str(out)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(one, sources))
+    unfinished = folder / "unfinished.so"
+    subprocess.run([compiler(), "-shared", *flags, "-o", unfinished, *objects], check=True)
+    unfinished.rename(module)
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location("mlp_host_kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_mlp(
+    widths: list[int],
+    activations: str | list[str],
+    *,
+    head: str = "identity",
+    out_scale: float = 1.0,
+    chains: int = 1,
+    context: bool = False,
+    bias: bool = True,
+    seed: int = 0,
+) -> MLP:
+    """Random weights of a scale that keeps pre-activations of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [activations] * (len(widths) - 2) if isinstance(activations, str) else activations
+    constants = {"leaky_relu": 0.2, "softplus": 1.3, "elu": 0.8}
+    spec = MLPSpec(tuple(widths), tuple(names), tuple(constants.get(n, 0.0) for n in names), head, out_scale)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return MLP(
+        spec,
+        tuple(1.3 * normal(b, a) / math.sqrt(a) for a, b in zip(widths, widths[1:])),
+        tuple(0.3 * normal(b) if bias else None for b in widths[1:]),
+        0.5 * normal(chains, widths[1]) if context else None,
+        torch.randint(0, widths[-1], (chains,), generator=generator) if head == "logit" else None,
+    )
+
+
+def cast(record, dtype: torch.dtype):
+    """An MLP or Update with its float32 tensors in another type."""
+
+    def one(value):
+        if isinstance(value, tuple) and not hasattr(value, "_fields"):
+            return tuple(one(v) for v in value)
+        return value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+    return record._replace(**{name: one(value) for name, value in record._asdict().items()})
+
+
+def to_tf32(value: Tensor) -> Tensor:
+    return ((value.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+def plain_energy_grad(z: Tensor, mlp: MLP, precision: str) -> tuple[Tensor, Tensor]:
+    """f and its gradient as plain torch has them at a precision."""
+    if precision == "fp32":
+        return eager.mlp_energy_grad(z, mlp)
+    if precision == "bf16":
+        energy, grad = eager.mlp_energy_grad(z.bfloat16(), cast(mlp, torch.bfloat16))
+        return energy.float(), grad.float()
+    weights = [to_tf32(w) for w in mlp.weights]
+    h, pre = z, []
+    for layer, (name, parameter) in enumerate(zip(mlp.spec.activations, mlp.spec.activation_params)):
+        bias = 0.0 if mlp.biases[layer] is None else mlp.biases[layer]
+        a = to_tf32(h) @ weights[layer].T + bias
+        if layer == 0 and mlp.context_bias is not None:
+            a = a + mlp.context_bias
+        pre.append(a)
+        h = eager.activation(name, parameter, a)
+    bias = 0.0 if mlp.biases[-1] is None else mlp.biases[-1]
+    energy, delta = eager.head_value_and_slope(mlp, to_tf32(h) @ weights[-1].T + bias)
+    delta = to_tf32(delta) @ weights[-1]
+    for layer in reversed(range(mlp.spec.n_hidden)):
+        name, parameter = mlp.spec.activations[layer], mlp.spec.activation_params[layer]
+        delta = to_tf32(delta * eager.activation_slope(name, parameter, pre[layer])) @ weights[layer]
+    return energy, delta
+
+
+def plain_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, precision: str) -> Tensor:
+    for step in range(n_steps):
+        z = eager.langevin_step(z, plain_energy_grad(z, mlp, precision)[1], update.at_step(step))
+    return z
+
+
+def rms(a: Tensor, b: Tensor) -> float:
+    """Root mean square of a difference: a maximum would hang on the one chain that crosses a kink."""
+    return float((a.double() - b.double()).square().mean().sqrt())
+
+
+def assert_as_good_as_torch(got: Tensor, plain: Tensor, oracle: Tensor, what: str) -> None:
+    assert got.shape == oracle.shape and torch.isfinite(got).all(), what
+    error, allowed = rms(got, oracle), 2 * rms(plain, oracle) + 1e-6
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def coefficients(n_steps: int, step_size: float = 0.4) -> Tensor:
+    """c_grad, c_prior, c_noise of z <- z + s²/2 (grad f - z) + s eps, shrinking a little from step to step."""
+    s = step_size * 0.98 ** torch.arange(n_steps)
+    return torch.stack([s * s / 2, s * s / 2, s], dim=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """Calls of the host build with tensors; outputs are poisoned with NaN first."""
+
+    module: object
+
+    def run_energy_grad(
+        self, z: Tensor, mlp: MLP, precision: str, *, plan=(), multiprocessors=132, shared=H100_SHARED, seed=1
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        energy, grad = torch.full((z.shape[0],), math.nan), torch.full_like(z, math.nan)
+        hidden, delta = ([torch.full((z.shape[0], w), math.nan) for w in mlp.spec.widths[1:-1]] for _ in range(2))
+        self._want(plan)
+        with cpu._Addresses() as address:
+            self.module.mlp_energy_grad(
+                z.shape[0],
+                address(z),
+                cpu._mlp_fields(mlp, address),
+                address(energy),
+                address(grad),
+                [address(t) for t in hidden],
+                [address(t) for t in delta],
+                (PRECISIONS[precision], multiprocessors, shared, seed),
+            )
+        return energy, grad, hidden, delta
+
+    def run_chain(
+        self,
+        z: Tensor,
+        mlp: MLP,
+        update: Update,
+        n_steps: int,
+        precision: str,
+        record: Record = Record(),
+        *,
+        plan=(),
+        multiprocessors=132,
+        shared=H100_SHARED,
+        seed=1,
+        key_at: Tensor | None = None,
+    ) -> ChainResult:
+        n_kept = n_steps // record.thin
+        kept: list[Tensor | None] = [None] * 5
+        if record.diagnostics:
+            kept[:3] = [torch.full((n_kept, z.shape[0]), math.nan) for _ in range(3)]
+            kept[3] = torch.full((z.shape[0],), -7)
+        if record.trajectory:
+            kept[4] = torch.full((n_kept, *z.shape), math.nan)
+        out = torch.full_like(z, math.nan)
+        self._want(plan)
+        with cpu._Addresses() as address:
+            self.module.mlp_langevin_chain(
+                z.shape[0],
+                n_steps,
+                address(z),
+                cpu._mlp_fields(mlp, address),
+                cpu._update_fields(update, address),
+                (record.thin, *(address(t) for t in kept)),
+                address(out),
+                address(key_at),
+                (PRECISIONS[precision], multiprocessors, shared, seed),
+            )
+        return ChainResult(out, *kept)
+
+    def plan(self, mlp: MLP, chains: int, precision: str, *, shared=H100_SHARED, energies=False) -> dict:
+        self._want(())
+        with cpu._Addresses() as address:
+            where = (PRECISIONS[precision], 132, shared, 0)
+            return self.module.plan(cpu._mlp_fields(mlp, address), chains, energies, where)
+
+    def unsupported_reason(self, mlp: MLP, precision: str, shared: int) -> str:
+        self._want(())
+        with cpu._Addresses() as address:
+            where = (PRECISIONS[precision], 132, shared, 0)
+            return self.module.unsupported_reason(cpu._mlp_fields(mlp, address), where)
+
+    def _want(self, plan: tuple[int, ...]) -> None:
+        self.module.want_plan((*plan, *(-1,) * (5 - len(plan))))
+
+
+@functools.cache
+def host() -> Host:
+    return Host(load(build()))
