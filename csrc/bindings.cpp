@@ -36,6 +36,14 @@ void cpu_mlp_energy_grad(int64_t chains, Address z, const MlpTuple& mlp, Address
     cpu_kernels().mlp_energy_grad(p, n_threads);
 }
 
+void cpu_mlp_energy_layers(int64_t chains, Address z, const MlpTuple& mlp, Address energy, Address hidden,
+                           Address delta, Address grad, int n_threads) {
+    MlpEnergyLayersParams p{chains,           at<const float>(z), mlp_params(mlp), at<float>(energy), at<float>(hidden),
+                            at<float>(delta), at<float>(grad)};
+    const py::gil_scoped_release unlocked;
+    cpu_kernels().mlp_energy_layers(p, n_threads);
+}
+
 void cpu_mlp_langevin_chain(int64_t chains, int64_t n_steps, Address z, const MlpTuple& mlp, const UpdateTuple& update,
                             const RecordTuple& record, Address out, int n_threads) {
     MlpLangevinChainParams p;
@@ -114,6 +122,9 @@ PYBIND11_MODULE(_C, m) {
           py::arg("grad"), py::arg("update"), py::arg("out"), py::arg("n_threads"));
     m.def("cpu_mlp_energy_grad", &cpu_mlp_energy_grad, py::kw_only(), py::arg("chains"), py::arg("z"), py::arg("mlp"),
           py::arg("energy"), py::arg("grad"), py::arg("n_threads"));
+    m.def("cpu_mlp_energy_layers", &cpu_mlp_energy_layers, py::kw_only(), py::arg("chains"), py::arg("z"),
+          py::arg("mlp"), py::arg("energy"), py::arg("hidden"), py::arg("delta"), py::arg("grad"),
+          py::arg("n_threads"));
     m.def("cpu_mlp_langevin_chain", &cpu_mlp_langevin_chain, py::kw_only(), py::arg("chains"), py::arg("n_steps"),
           py::arg("z"), py::arg("mlp"), py::arg("update"), py::arg("record"), py::arg("out"), py::arg("n_threads"));
     m.def("cpu_philox_words", &cpu_philox_words, py::arg("rounds"), py::arg("counter"), py::arg("key"));

@@ -110,6 +110,17 @@ struct MlpEnergyGradParams {
     float* delta[kMaxHiddenLayers] = {};  // [chains, H_l] delta_l = df / da_l, or null
 };
 
+// Part of mlp_energy_grad on the CPU: everything that gradients in z and in the parameters are made of
+struct MlpEnergyLayersParams {
+    int64_t chains = 0;
+    const float* z = nullptr; // [chains, dim]
+    MlpParams mlp;
+    float* energy = nullptr; // [chains]
+    float* hidden = nullptr; // [H_1 + ... + H_L, chains] h_l, layer after layer, or null
+    float* delta = nullptr;  // [H_1 + ... + H_L + J, chains] df / da_l, then df / dlogits, or null
+    float* grad = nullptr;   // [chains, dim] or null
+};
+
 struct MlpLangevinChainParams {
     int64_t chains = 0, n_steps = 0;
     const float* z = nullptr; // [chains, dim]

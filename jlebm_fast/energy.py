@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoints
-from .backends import eager
+from . import checkpoints, fused_energy
 from .checks import describe, dtype_name
 from .latents import LatentLayout, flatten_latents
 from .ops import check_spec
 from .problem import ACTIVATIONS, HEADS, MLP, MLPSpec
-from .spectral import normalised_weights, top_singulars
+from .spectral import iterated_vectors, normalised_weights, top_singulars
 
 
 class EnergyLinear(nn.Linear):
@@ -65,6 +64,12 @@ def effective_weights(layers: Iterable[EnergyLinear], *, keep_vectors: bool = Fa
     pairs = [(weights[place], layer._buffers["weight_u"]) for place, layer in normed]
     if torch.compiler.is_compiling():
         return _weights_in_graph(weights, normed, keep_vectors)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        # a transform maps over weights: nothing may look at their values, or write a buffer it does not know
+        for (place, _), (weight, u) in zip(normed, pairs, strict=True):
+            u, v = iterated_vectors(weight, u)
+            weights[place] = weight / torch.dot(u, torch.mv(weight, v))
+        return weights
     if not keep_vectors and not torch.is_grad_enabled():
         for (place, _), weight in zip(normed, normalised_weights(pairs), strict=True):
             weights[place] = weight
@@ -226,7 +231,7 @@ class EnergyMLP(nn.Module):
     ) -> Tensor:
         """f(z), or f(z, c), [chains]."""
         flat = self._flatten(z)
-        return eager.mlp_forward(flat, self.mlp(flat, context, y, keep_vectors=self.training))[0]
+        return fused_energy.energy(flat, self.mlp(flat, context, y, keep_vectors=self.training))
 
     def _flatten(self, z: Tensor | Sequence[Tensor]) -> Tensor:
         if isinstance(z, Tensor):

@@ -180,8 +180,9 @@ def _energy_grad_backward(ctx, energy_cotangent, grad_cotangent):
     context_bias, logit = rest[-2:]
     again = torch.is_grad_enabled()  # a second derivative is wanted: stay connected to the inputs
     leaves = [z, *weights, *biases, context_bias]
-    if not again:
-        leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in leaves]
+    # either way tensors of our own, so that what z and the weights may share upstream is not counted twice
+    own = (lambda t: t.view_as(t)) if again else (lambda t: t.detach().requires_grad_())
+    leaves = [None if leaf is None else own(leaf) for leaf in leaves]
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     with torch.enable_grad():
         mlp = rebuilt_mlp(

@@ -106,6 +106,15 @@ def normalised_weights(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     ]
 
 
+def iterated_vectors(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(u, v) after `MAX_ITERATIONS` power iterations, in torch alone and without a look at a value: for torch.func."""
+    weight, u = weight.detach(), u.detach()
+    for _ in range(MAX_ITERATIONS):
+        v = torch.nn.functional.normalize(torch.mv(weight.t(), u), dim=0)
+        u = torch.nn.functional.normalize(torch.mv(weight, v), dim=0)
+    return u, v
+
+
 def _of_one(weight: Tensor, u: Tensor) -> TopSingular:
     u, v, sigma = top_singular_triple(weight, u)
     return TopSingular(u, v, sigma, weight.detach() / sigma)

@@ -42,7 +42,7 @@ def unsupported_reason(
 
 def regime(op: str, spec: MLPSpec | None) -> str:
     target = _native.load().cpu_target()
-    if spec is None or _fits_lanes(spec):
+    if spec is None or fits_lanes(spec):
         return f"lanes ({target} kernels, {torch.get_num_threads()} threads)"
     return f"blas (a layer is wider than {WIDEST_LANES_LAYER}; torch's matrix products, {target} kernels around them)"
 
@@ -56,7 +56,7 @@ def build() -> str:
     )
 
 
-def _fits_lanes(spec: MLPSpec) -> bool:
+def fits_lanes(spec: MLPSpec) -> bool:
     return max(spec.widths) <= WIDEST_LANES_LAYER
 
 
@@ -108,7 +108,7 @@ def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor:
 
 def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor]:
     """f(z) [chains] and its gradient [chains, dim]."""
-    if not _fits_lanes(mlp.spec):
+    if not fits_lanes(mlp.spec):
         return cpu_blas.mlp_energy_grad(z, mlp)
     energy, grad = z.new_empty(z.shape[0]), torch.empty_like(z)
     if energy.numel():
@@ -122,6 +122,32 @@ def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor]:
                 n_threads=torch.get_num_threads(),
             )
     return energy, grad
+
+
+def mlp_energy_layers(
+    z: Tensor, mlp: MLP, *, layers: bool, grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """f(z) [chains]; with layers, h_l [H_1 + … + H_L, chains] and df/da_l, df/dlogits [H_1 + … + J, chains], layer
+    after layer; with grad, the gradient [chains, dim]. For MLPs that `fits_lanes`.
+    """
+    chains, widths = z.shape[0], mlp.spec.widths
+    units = sum(widths[1:])
+    energy = z.new_empty(chains)
+    hidden, delta = (z.new_empty(units - widths[-1], chains), z.new_empty(units, chains)) if layers else (None, None)
+    gradient = torch.empty_like(z) if grad else None
+    if chains:
+        with _Addresses() as address:
+            _native.load().cpu_mlp_energy_layers(
+                chains=chains,
+                z=address(z),
+                mlp=_mlp_fields(mlp, address),
+                energy=energy.data_ptr(),
+                hidden=address(hidden),
+                delta=address(delta),
+                grad=address(gradient),
+                n_threads=torch.get_num_threads(),
+            )
+    return energy, hidden, delta, gradient
 
 
 def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:
@@ -138,7 +164,7 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
     result = ChainResult(torch.empty_like(z), energy, grad_norm, displacement, first_bad_step, trajectory)
     if chains == 0:
         return result
-    if not _fits_lanes(mlp.spec):
+    if not fits_lanes(mlp.spec):
         cpu_blas.mlp_langevin_chain(z, mlp, update, n_steps, record, result, langevin_step)
         return result
     with _Addresses() as address:

@@ -64,6 +64,29 @@ def check_energy_grad(z, mlp):
         assert_close(ours, plain, oracle, what)
 
 
+def check_energy_layers(z, mlp):
+    """f, grad f and the gradients of sum(f^2) in all parameters from h_l and delta_l, against autograd in float64."""
+    energy, hidden, delta, grad = cpu.mlp_energy_layers(z, mlp, layers=True, grad=True)
+
+    def through_autograd(z, mlp):
+        parameters = [p.clone().requires_grad_() for p in (*mlp.weights, *mlp.biases)]
+        n = len(mlp.weights)
+        value = eager.mlp_forward(z, mlp._replace(weights=parameters[:n], biases=parameters[n:]))[0]
+        return torch.autograd.grad(value.square().sum(), parameters, allow_unused=True)
+
+    widths = mlp.spec.widths
+    scaled = (delta * (2 * energy)).split_with_sizes(widths[1:])
+    below = [z.t(), *hidden.split_with_sizes(widths[1:-1])]
+    ours = [*(d @ h.t() for d, h in zip(scaled, below, strict=True)), *(d.sum(1) for d in scaled)]
+    plain, oracle = through_autograd(z, mlp), through_autograd(z.double(), double(mlp))
+    for i, (a, b, c) in enumerate(zip(ours, plain, oracle, strict=True)):
+        assert_close(a, b, c, f"gradient of parameter {i}")
+    plain, oracle = eager.mlp_energy_grad(z, mlp), eager.mlp_energy_grad(z.double(), double(mlp))
+    assert_close(energy, plain[0], oracle[0], "energy of the layers")
+    assert_close(grad, plain[1], oracle[1], "gradient of the layers")
+    assert torch.equal(cpu.mlp_energy_layers(z, mlp, layers=False, grad=False)[0], energy)
+
+
 def check_chain(z, mlp, update, n_steps, record=Record(diagnostics=True, trajectory=True)):
     before = z.clone()
     ours = cpu.mlp_langevin_chain(z, mlp, update, n_steps, record)
@@ -102,11 +125,14 @@ def main():
         "elu",
     ):
         check_energy_grad(z, random_mlp((10, 23, 17, 1), activation))
+        check_energy_layers(z, random_mlp((10, 23, 17, 1), activation))
         check_chain(z, random_mlp((10, 23, 17, 1), activation), Update(step_coefficients(5), noise_key=3), 5)
     for head in ("tanh", "sigmoid", "softplus"):
         check_energy_grad(z, random_mlp((10, 8, 1), "silu", head, out_scale=-2.0))
+        check_energy_layers(z, random_mlp((10, 8, 1), "silu", head, out_scale=-2.0))
     for head in ("logsumexp", "logit"):
         check_energy_grad(z, random_mlp((10, 9, 5), "gelu", head, chains=37, context=True))
+        check_energy_layers(z, random_mlp((10, 9, 5), "gelu", head, chains=37, context=True))
 
 
 if __name__ == "__main__":
