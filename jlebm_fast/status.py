@@ -57,6 +57,9 @@ def _status(name: str) -> BackendStatus:
     reason = backends.unavailable_reason(name)
     if reason is not None:
         return BackendStatus(name, False, (), "", reason)
+    module = backends.load(name)
+    if hasattr(module, "devices"):
+        return BackendStatus(name, True, module.devices(), module.build(), None)
     gpus = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
     devices = {"cpu": ("cpu",), "eager": ("cpu", *gpus)}.get(name, gpus)
-    return BackendStatus(name, True, devices, backends.load(name).build(), None)
+    return BackendStatus(name, True, devices, module.build(), None)

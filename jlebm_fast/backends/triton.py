@@ -1,0 +1,214 @@
+"""The four operations in Triton: one launch each, the step loop inside the kernel, float32 state.
+
+A program owns 16 to 64 chains for all steps. The MLP runs in one of two regimes, chosen before the launch (tiles.py):
+
+    resident   up to four hidden layers whose weights fit the chip: loaded once, kept for all steps
+    streamed   anything wider or deeper: weights from L2 tile by tile, activations in a scratch buffer
+
+Kernels live in `triton_kernels/`: noise.py, activation.py, update.py, resident.py, streamed.py; launch.py binds them to
+tensors. Precisions: "fp32" is three-way tf32 on NVIDIA and float32 on AMD, "tf32" and "bf16" round the operands of the
+matrix products; state, noise, prior term and sums are float32 in all of them. Launches go to torch's current stream
+and never synchronise. Under TRITON_INTERPRET=1 Triton's interpreter runs the same kernels on CPU tensors: for tests.
+Tiles can be overridden, see triton_kernels/tiles.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from types import ModuleType
+
+import numpy
+import torch
+from torch import Tensor
+
+from ..problem import MLP, ChainResult, MLPSpec, Record, Update
+
+NAME = "triton"
+OLDEST_TRITON = (3, 6)
+_TORCH_PRECISIONS = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
+_MOST_LOGITS = 1024  # triton_kernels/tiles.py says why
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def unavailable_reason() -> str | None:
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:  # without an origin it is some folder of that name
+        return "Triton is not installed; pip install 'triton>=3.6' (Linux), or use backend 'cpu' or 'eager'"
+    if not _interpreted() and not torch.cuda.is_available():
+        return (
+            "it runs on CUDA or ROCm tensors, and torch.cuda.is_available() is False; "
+            "use backend 'cpu' or 'eager', or install a torch built for this machine's GPU"
+        )
+    version = _triton_version()
+    if _release(version) < OLDEST_TRITON:
+        return f"Triton {version} is too old; pip install 'triton>=3.6'"
+    if _interpreted() and _release(version) < (3, 7) and _release(numpy.__version__) >= (2, 4):
+        return (
+            f"Triton {version}'s interpreter cannot run loops with numpy {numpy.__version__}; pip install 'triton>=3.7'"
+        )
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(major, minor)"""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def unsupported_reason(
+    op: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    spec: MLPSpec | None = None,
+    update: Update | None = None,
+) -> str | None:
+    served = "cpu" if _interpreted() else "cuda"
+    if device.type != served:
+        if _interpreted():
+            return f"TRITON_INTERPRET=1 makes it run on CPU tensors, got {device}"
+        return f"it runs on CUDA or ROCm tensors, got {device}"
+    if dtype != torch.float32:
+        return f"it computes in float32, got {str(dtype).removeprefix('torch.')}; float64 runs on backend 'eager'"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0 or newer, {torch.cuda.get_device_name(device)} is older"
+    if spec is not None and spec.n_logits > _MOST_LOGITS:
+        return f"it takes up to {_MOST_LOGITS} logits, the energy has {spec.n_logits}"
+    return None
+
+
+def devices() -> tuple[str, ...]:
+    """The torch devices that it serves."""
+    return ("cpu",) if _interpreted() else tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+
+
+def regime(op: str, spec: MLPSpec | None) -> str:
+    where = "Triton's interpreter" if _interpreted() else f"Triton {_triton_version()}"
+    if spec is None:
+        return f"one launch, {where}"
+    chip = _chip(0 if _interpreted() else torch.cuda.current_device())
+    tiles = _kernels().tiles
+    chosen = tiles.choose(spec, 1, tiles.dot_precision(_precision(None), chip), chip)
+    what = {"resident": "weights stay on the chip", "streamed": "weights streamed from L2"}[chosen.regime]
+    return f"{chosen.regime} ({what}; {where})"
+
+
+def build() -> str:
+    """Triton's version and what it compiles for."""
+    if _interpreted():
+        return f"triton {_triton_version()}, interpreter"
+    return f"triton {_triton_version()}, compiled at the first call of a shape"
+
+
+def langevin_noise(
+    noise_key: int | Tensor,
+    n_steps: int,
+    chains: int,
+    dim: int,
+    *,
+    first_step: int = 0,
+    first_chain: int = 0,
+    stream: int = 0,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The noise field eps [n_steps, chains, dim] of the noise contract."""
+    out = torch.empty((n_steps, chains, dim), dtype=dtype, device=device)
+    if out.numel():
+        with _on_device_of(out):
+            _kernels().launch.noise_call(out, noise_key, first_step, first_chain, stream).run()
+    return out
+
+
+def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor:
+    """One update of z [chains, dim] with a given gradient [chains, dim]."""
+    out = torch.empty_like(z)
+    if out.numel():
+        with _on_device_of(out):
+            _kernels().launch.step_call(z, grad, update, out).run()
+    return out
+
+
+def mlp_energy_grad(z: Tensor, mlp: MLP, *, precision: str | None = None) -> tuple[Tensor, Tensor]:
+    """f(z) [chains] and its gradient [chains, dim]; `precision` "fp32", "tf32", "bf16" or None for torch's own."""
+    energy, grad = z.new_empty(z.shape[0]), torch.empty_like(z)
+    if energy.numel():
+        with _on_device_of(z):
+            launch, tiles, dot_precision, chip = _choice(z, mlp.spec, precision)
+            launch.energy_grad_call(z, mlp, energy, grad, tiles, dot_precision, chip).run()
+    return energy, grad
+
+
+def mlp_langevin_chain(
+    z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, *, precision: str | None = None
+) -> ChainResult:
+    """n_steps updates with the MLP's own gradient; `precision` as above."""
+    chains, dim = z.shape
+    n_kept = n_steps // record.thin
+    energy = grad_norm = displacement = first_bad_step = trajectory = None
+    if record.diagnostics:
+        energy, grad_norm, displacement = (z.new_empty(n_kept, chains) for _ in range(3))
+        first_bad_step = torch.empty(chains, dtype=torch.int64, device=z.device)
+    if record.trajectory:
+        trajectory = z.new_empty(n_kept, chains, dim)
+    result = ChainResult(torch.empty_like(z), energy, grad_norm, displacement, first_bad_step, trajectory)
+    if chains:
+        with _on_device_of(z):
+            launch, tiles, dot_precision, chip = _choice(z, mlp.spec, precision)
+            launch.chain_call(z, mlp, update, n_steps, record.thin, result, tiles, dot_precision, chip).run()
+    return result
+
+
+class _Kernels:
+    """The kernels and what binds them, imported at the first use: that import is the first one of Triton."""
+
+    def __init__(self) -> None:
+        from .triton_kernels import launch, tiles
+
+        self.launch: ModuleType = launch
+        self.tiles: ModuleType = tiles
+
+
+@functools.cache
+def _kernels() -> _Kernels:
+    return _Kernels()
+
+
+@functools.cache
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def _precision(precision: str | None) -> str:
+    return _TORCH_PRECISIONS[torch.get_float32_matmul_precision()] if precision is None else precision
+
+
+def _choice(z: Tensor, spec: MLPSpec, precision: str | None):
+    kernels, chip = _kernels(), _chip(z.device.index or 0)
+    dot_precision = kernels.tiles.dot_precision(_precision(precision), chip)
+    return kernels.launch, kernels.tiles.choose(spec, z.shape[0], dot_precision, chip), dot_precision, chip
+
+
+@functools.cache
+def _chip(index: int):
+    chip = _kernels().tiles.Chip
+    if _interpreted():
+        # the limits of an H100, whose choices the tests then run
+        return chip("interpreter", 0, 232448, 132)
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        # not every torch built for ROCm tells; a compute unit has 64 KB
+        return chip("hip", 0, 65536, properties.multi_processor_count)
+    return chip("cuda", properties.major, properties.shared_memory_per_block_optin, properties.multi_processor_count)
+
+
+def _on_device_of(tensor: Tensor):
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,213 @@
+"""From checked tensors to launches: arguments, grids and scratch memory of the kernels. Nothing here synchronises."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...problem import MLP, ChainResult, MLPSpec, Update
+from . import noise, resident, streamed, update
+from .records import NetPointers, RecordPointers, UpdatePointers, UpdateStrides
+from .tiles import Chip, Tiles, power_of_two
+
+# chains and groups of four dimensions of one program of an elementwise kernel: eight normals a thread
+ELEMENTWISE_ROWS, ELEMENTWISE_GROUPS = 16, 16
+
+
+class Call(NamedTuple):
+    """A launch that has not happened yet; the tests compile the same for other chips."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        # without fusion: the noise contract (noise.py)
+        self.kernel[self.grid](*self.arguments, **self.constants, **self.options, enable_fp_fusion=False)
+
+
+def signed(word: int) -> int:
+    """The signed 32-bit integer with the bits of an integer's low word."""
+    return ((word + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+
+
+def noise_call(
+    out: Tensor, noise_key: int | Tensor, first_step: int, first_chain: int, stream: int, groups: int | None = None
+) -> Call:
+    """`langevin_noise` into out [n_steps, chains, dim]."""
+    n_steps, chains, dim = out.shape
+    rows = n_steps * chains
+    block_groups = groups or min(ELEMENTWISE_GROUPS, power_of_two(dim) // 4)
+    grid = (-(-rows // ELEMENTWISE_ROWS), -(-dim // (4 * block_groups)))
+    key, low, high = _key(noise_key)
+    counters = (signed(first_step), signed(first_chain), signed(stream))
+    arguments = (out, key, low, high, *counters, chains, rows, dim)
+    return Call(noise.langevin_noise, grid, arguments, {"BLOCK_ROWS": ELEMENTWISE_ROWS, "GROUPS": block_groups}, {})
+
+
+def step_call(z: Tensor, grad: Tensor, change: Update, out: Tensor) -> Call:
+    """`langevin_step` of z [chains, dim] into out."""
+    chains, dim = z.shape
+    groups = min(ELEMENTWISE_GROUPS, power_of_two(dim) // 4)
+    grid = (-(-chains // ELEMENTWISE_ROWS), -(-dim // (4 * groups)))
+    arguments = (z, grad, out, *_update_arguments(change), chains, dim)
+    return Call(update.langevin_step, grid, arguments, {"BLOCK_CHAINS": ELEMENTWISE_ROWS, "GROUPS": groups}, {})
+
+
+def energy_grad_call(
+    z: Tensor, mlp: MLP, energy: Tensor, grad: Tensor, tiles: Tiles, precision: str, chip: Chip
+) -> Call:
+    """`mlp_energy_grad` of z [chains, dim] into energy [chains] and grad [chains, dim]."""
+    return _mlp_call("mlp_energy_grad", (z, energy, grad), mlp, (z.shape[0],), tiles, precision, chip)
+
+
+def chain_call(
+    z: Tensor,
+    mlp: MLP,
+    change: Update,
+    n_steps: int,
+    thin: int,
+    result: ChainResult,
+    tiles: Tiles,
+    precision: str,
+    chip: Chip,
+) -> Call:
+    """`mlp_langevin_chain` from z [chains, dim] into `result`."""
+    rest = (*_update_arguments(change), RecordPointers(*result[1:]), z.shape[0], n_steps, thin)
+    return _mlp_call("mlp_langevin_chain", (z, result.z), mlp, rest, tiles, precision, chip)
+
+
+def _mlp_call(
+    op: str, tensors: tuple[Tensor, ...], mlp: MLP, rest: tuple, tiles: Tiles, precision: str, chip: Chip
+) -> Call:
+    spec, chains = mlp.spec, tensors[0].shape[0]
+    blocks = -(-chains // tiles.block_chains)
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    if tiles.regime == "resident":
+        constants = {
+            "WIDTHS": spec.widths,
+            "PADDED": tuple(map(power_of_two, spec.widths)),
+            "ACTIVATIONS": spec.activations,
+            "PARAMETERS": spec.activation_params,
+            "HEAD": spec.head,
+            "PRECISION": precision,
+            "BLOCK_CHAINS": tiles.block_chains,
+        }
+        arguments = (*tensors, _net(mlp), spec.out_scale, *rest)
+        return Call(getattr(resident, op), (blocks,), arguments, constants, options)
+    side = max(tiles.block_out, tiles.block_in)
+    layout = _layout(spec, side)
+    packed, packed_biases = _pack(mlp, layout, precision)
+    layers, parameters = _tables(spec, side, tensors[0].device)
+    # a program takes block after block; twice as many as processors, so that one waits while the other computes
+    programs = min(blocks, 2 * chip.processors)
+    scratch = torch.empty(programs * (3 + spec.n_hidden) * tiles.block_chains * layout.stride, device=tensors[0].device)
+    constants = {
+        "DIM": spec.dim,
+        "N_HIDDEN": spec.n_hidden,
+        "WIDTH_1": spec.widths[1],
+        "N_LOGITS": spec.n_logits,
+        "KINDS": _kinds(spec),
+        "HEAD": spec.head,
+        "PRECISION": precision,
+        "BLOCK_CHAINS": tiles.block_chains,
+        "BLOCK_OUT": tiles.block_out,
+        "BLOCK_IN": tiles.block_in,
+        "STRIDE": layout.stride,
+        "PADDED_LOGITS": power_of_two(spec.n_logits),
+    }
+    # the weights of this net stand in the packed buffer
+    net = _net(mlp)._replace(weights=(), biases=())
+    arguments = (*tensors, scratch, net, packed, packed_biases, layers, parameters, spec.out_scale, *rest)
+    return Call(getattr(streamed, op), (programs,), arguments, constants, options)
+
+
+class _Layout(NamedTuple):
+    """Where streamed.py finds the weights: padded widths, first row of each layer, elements of a row."""
+
+    padded: tuple[int, ...]
+    first_row: tuple[int, ...]
+    n_rows: int
+    stride: int
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(spec: MLPSpec, side: int) -> _Layout:
+    padded = tuple(-(-width // side) * side for width in spec.widths)
+    ends = [sum(padded[1 : layer + 1]) for layer in range(len(padded))]
+    return _Layout(padded, tuple(ends[:-1]), ends[-1], max(padded))
+
+
+def _kinds(spec: MLPSpec) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(spec.activations))
+
+
+@functools.lru_cache(maxsize=256)
+def _tables(spec: MLPSpec, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(layers, parameters) of streamed.py; they depend on the shape alone, so a captured graph finds them made."""
+    layout, kinds = _layout(spec, side), _kinds(spec)
+    kind = [*(kinds.index(name) for name in spec.activations), 0]
+    rows = list(zip(layout.padded, layout.padded[1:], layout.first_row, kind))
+    layers = torch.tensor(rows, dtype=torch.int64, device=device)
+    return layers, torch.tensor(spec.activation_params, dtype=torch.float32, device=device)
+
+
+def _pack(mlp: MLP, layout: _Layout, precision: str) -> tuple[Tensor, Tensor]:
+    """All weights [n_rows, stride] and biases [n_rows], zeros around them; made anew at every call."""
+    like = mlp.weights[0]
+    packed = like.new_zeros(layout.n_rows, layout.stride, dtype=torch.bfloat16 if precision == "bf16" else None)
+    biases = like.new_zeros(layout.n_rows)
+    for weight, bias, first in zip(mlp.weights, mlp.biases, layout.first_row, strict=True):
+        rows, columns = weight.shape
+        rounded = weight.bfloat16() if precision == "bf16 emulated" else weight
+        packed[first : first + rows, :columns] = rounded
+        if bias is not None:
+            biases[first : first + rows] = bias
+    return packed, biases
+
+
+def _net(mlp: MLP) -> NetPointers:
+    return NetPointers(
+        tuple(weight.contiguous() for weight in mlp.weights),
+        tuple(map(_contiguous, mlp.biases)),
+        _contiguous(mlp.context_bias),
+        _contiguous(mlp.logit),
+    )
+
+
+def _update_arguments(change: Update) -> tuple:
+    """update, strides and the four words, in the kernels' order."""
+    key, low, high = _key(change.noise_key)
+    tensors = (
+        change.step_coefficients,
+        change.chain_coefficients,
+        change.prior_mean,
+        change.prior_precision,
+        change.frozen,
+        change.noise,
+        change.extra_grad,
+    )
+    strides = UpdateStrides(*(_chain_stride(t) for t in (change.prior_mean, change.prior_precision, change.frozen)))
+    pointers = UpdatePointers(*map(_contiguous, tensors), key)
+    return pointers, strides, low, high, signed(change.first_step), signed(change.first_chain)
+
+
+def _key(noise_key: int | Tensor) -> tuple[Tensor | None, int, int]:
+    """The key as (tensor, 0, 0), or as its two words."""
+    if isinstance(noise_key, Tensor):
+        return noise_key, 0, 0
+    return None, signed(noise_key), signed(noise_key >> 32)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _chain_stride(per_dim_or_chain: Tensor | None) -> int:
+    """Elements from one chain's row to the next; 0 for one row that all chains share."""
+    return per_dim_or_chain.shape[1] if per_dim_or_chain is not None and per_dim_or_chain.dim() == 2 else 0
