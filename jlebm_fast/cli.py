@@ -1,4 +1,4 @@
-"""The command line `jlebm`: train, sample, figures, evaluate, bench, verify, info."""
+"""The command line `jlebm`: train, sample, figures, evaluate, reproduce, bench, verify, info."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jlebm_fast.experiments.command import Reproduce
+
 from .errors import RunError
 from .options import TrainOptions
 from .run_folder import RunFolder
@@ -166,6 +168,7 @@ COMMANDS = {
     "sample": Sample,
     "figures": Figures,
     "evaluate": Evaluate,
+    "reproduce": Reproduce,
     "bench": Bench,
     "verify": Verify,
     "info": Info,

@@ -63,10 +63,11 @@ def draw_panels(path: pathlib.Path, panels: Sequence[Panel], panels_per_row: int
     for axis, panel, picture in zip(axes, panels, pictures, strict=False):
         axis.set_title(panel.title, fontsize=10)
         axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: pathlib.Path) -> None:
+def save_figure(figure: Figure, path: pathlib.Path) -> None:
+    """Writes a figure as a PNG, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)  # no window system needed
     figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
@@ -82,7 +83,7 @@ def make_figures(run: pathlib.Path | str, *, seed: int = 0, device: str = "auto"
     held_out = load_images(config.options.data, config.image_size, held_out_only=True).held_out
     if held_out.shape[1] < config.image_channels:  # grey held-out images of a colour source
         held_out = held_out.expand(-1, config.image_channels, -1, -1)
-    drawings: list[Callable[[_Sketch], pathlib.Path]] = [
+    drawings: list[Callable[[Sketch], pathlib.Path]] = [
         draw_samples, draw_reconstructions, draw_layers_swapped, draw_traverse, draw_learning,
     ]  # fmt: skip
     if model.has_prior_chain:
@@ -91,27 +92,30 @@ def make_figures(run: pathlib.Path | str, *, seed: int = 0, device: str = "auto"
     paths = []
     for drawing in drawings:
         generator = torch.Generator(device_of_model).manual_seed(seed)
-        paths.append(drawing(_Sketch(folder, config, model, held_out, generator)))
+        paths.append(drawing(Sketch(folder, config, model, held_out, generator)))
     return paths
 
 
-class _Sketch(NamedTuple):
-    """What each figure is drawn from."""
+class Sketch(NamedTuple):
+    """What each figure is drawn from, and where it goes: by default the run's own figures/, else the folder `into`,
+    with `prefix` before the name of its file."""
 
     folder: RunFolder
     config: RunConfig
     model: LatentModel
     held_out: Tensor
     generator: torch.Generator
+    into: pathlib.Path | None = None
+    prefix: str = ""
 
     def path(self, name: str) -> pathlib.Path:
-        return self.folder.figures / f"{name}.png"
+        return (self.into or self.folder.figures) / f"{self.prefix}{name}.png"
 
     def decode(self, zs: list[Tensor]) -> Tensor:
         return to_pixels(self.model.decode(zs))
 
 
-def draw_samples(sketch: _Sketch) -> pathlib.Path:
+def draw_samples(sketch: Sketch) -> pathlib.Path:
     """Held-out images, the prior's samples, and N(0, I) through the same generator."""
     n = GRID**2
     panels = [Panel("held-out images", sketch.held_out[:n], GRID)]
@@ -127,7 +131,7 @@ def draw_samples(sketch: _Sketch) -> pathlib.Path:
     return sketch.path("samples")
 
 
-def draw_reconstructions(sketch: _Sketch) -> pathlib.Path:
+def draw_reconstructions(sketch: Sketch) -> pathlib.Path:
     """Held-out images beside g of their posterior means."""
     n = GRID**2
     images = sketch.held_out[:n]
@@ -138,7 +142,7 @@ def draw_reconstructions(sketch: _Sketch) -> pathlib.Path:
     return sketch.path("reconstructions")
 
 
-def _layer_panels(sketch: _Sketch, resample: Callable[[int, list[Tensor]], list[Tensor]]) -> list[Panel]:
+def _layer_panels(sketch: Sketch, resample: Callable[[int, list[Tensor]], list[Tensor]]) -> list[Panel]:
     """One panel per layer, top first: rows start with a joint sample and go on with that layer resampled.
 
     resample(layer, zs) returns zs with layer `layer` drawn anew.
@@ -157,7 +161,7 @@ def _layer_panels(sketch: _Sketch, resample: Callable[[int, list[Tensor]], list[
     return panels
 
 
-def draw_layers_swapped(sketch: _Sketch) -> pathlib.Path:
+def draw_layers_swapped(sketch: Sketch) -> pathlib.Path:
     """Hierarchical sampling by swapping: one layer comes from other joint samples."""
 
     def swap(layer: int, zs: list[Tensor]) -> list[Tensor]:
@@ -170,7 +174,7 @@ def draw_layers_swapped(sketch: _Sketch) -> pathlib.Path:
     return sketch.path("layers_swapped")
 
 
-def draw_layers_masked(sketch: _Sketch) -> pathlib.Path:
+def draw_layers_masked(sketch: Sketch) -> pathlib.Path:
     """Hierarchical sampling by a masked chain: one layer starts at N(0, I) and moves, the others are frozen."""
     chain = sketch.model.prior_chain()
 
@@ -185,7 +189,7 @@ def draw_layers_masked(sketch: _Sketch) -> pathlib.Path:
     return sketch.path("layers_masked")
 
 
-def draw_traverse(sketch: _Sketch) -> pathlib.Path:
+def draw_traverse(sketch: Sketch) -> pathlib.Path:
     """Each latent dim of one joint sample moved from -3 to 3, the others fixed."""
     base = sketch.model.sample_prior(1, sketch.generator)
     values = TRAVERSE.to(base[0].device)
@@ -201,7 +205,7 @@ def draw_traverse(sketch: _Sketch) -> pathlib.Path:
     return sketch.path("traverse")
 
 
-def draw_long_chain(sketch: _Sketch) -> pathlib.Path:
+def draw_long_chain(sketch: Sketch) -> pathlib.Path:
     """The energy along chains far longer than those trained with, and images on the way."""
     n_chains, n_shown = 100, 6
     z0 = sketch.model.standard_normal(n_chains, sketch.generator)
@@ -227,11 +231,11 @@ def draw_long_chain(sketch: _Sketch) -> pathlib.Path:
     grid.imshow(tile(images, len(images) // n_shown), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     grid.set_title(f"{n_shown} of these chains: z ~ N(0, I), then every {IMAGE_EVERY} steps", fontsize=10)
     grid.axis("off")
-    _save(figure, sketch.path("long_chain"))
+    save_figure(figure, sketch.path("long_chain"))
     return sketch.path("long_chain")
 
 
-def draw_learning(sketch: _Sketch) -> pathlib.Path:
+def draw_learning(sketch: Sketch) -> pathlib.Path:
     """The curves of metrics.jsonl."""
     lines = sketch.folder.read_metrics()
     names = list(dict.fromkeys(name for line in lines for name in line))  # stages have metrics of their own
@@ -246,5 +250,5 @@ def draw_learning(sketch: _Sketch) -> pathlib.Path:
             axis.plot(*zip(*points, strict=True), label=name)
         axis.set_xlabel("step")
         axis.legend()
-    _save(figure, sketch.path("learning"))
+    save_figure(figure, sketch.path("learning"))
     return sketch.path("learning")

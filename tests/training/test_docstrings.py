@@ -1,4 +1,4 @@
-"""The examples in the docstrings of models and training run as written."""
+"""The examples in the docstrings of models, training and experiments run as written."""
 
 import doctest
 import importlib
@@ -6,11 +6,11 @@ import pkgutil
 
 import pytest
 
-from jlebm_fast import models, training
+from jlebm_fast import experiments, models, training
 
 MODULES = [
     f"{package.__name__}.{module.name}"
-    for package in (models, training)
+    for package in (experiments, models, training)
     for module in pkgutil.iter_modules(package.__path__)
 ]
 
