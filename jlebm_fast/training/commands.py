@@ -10,8 +10,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jlebm_fast.experiments.command import Reproduce
-
 from .errors import RunError
 from .options import TrainOptions
 from .run_folder import RunFolder
@@ -95,8 +93,8 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Measure a run: Fréchet distance to held-out images in the features of a small classifier trained on the run's
-    images, for the prior's samples and for N(0, I) through the same generator, and the reconstruction error."""
+    """Measure a run: Fréchet distances of samples to held-out images, reconstruction error, mixing of long prior chains
+    (ESS, R-hat), their bias against exact ones (MALA), energies of posterior and prior; table, JSON and figures."""
 
     run: Run
     """Run folder."""
@@ -104,17 +102,23 @@ class Evaluate:
     """Samples to draw."""
     seed: int = 0
     """Of the samples."""
+    frechet: bool = True
+    """Measure the Fréchet distance, in the features of a small classifier trained on the run's images; they need class
+    labels for it."""
+    inception_weights: pathlib.Path | None = None
+    """Also measure the FID: the Inception net as torch-fidelity distributes it, weights-inception-2015-12-05-….pth."""
+    long_steps: int = 2000
+    """Langevin steps of the long chains."""
     device: Device = "auto"
     """auto takes a GPU if there is one."""
 
     def execute(self) -> int:
-        from .checkpoints import write_atomically
-        from .frechet import evaluate
+        from .evaluation import evaluate, table
 
-        result = evaluate(self.run, self.n, seed=self.seed, device=self.device)
-        for name, value in result.items():
-            print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
-        write_atomically(self.run / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        print(table(evaluate(**options)))
+        folder = RunFolder(self.run)
+        _print_paths([folder.path / "evaluation.json", *sorted(folder.figures.glob("evaluation_*.png"))])
         return 0
 
 
@@ -168,7 +172,6 @@ COMMANDS = {
     "sample": Sample,
     "figures": Figures,
     "evaluate": Evaluate,
-    "reproduce": Reproduce,
     "bench": Bench,
     "verify": Verify,
     "info": Info,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import RunError
 from .progress import progress_bar
-from .run_folder import open_run
-from .sources import load_images, to_network, to_pixels
+from .sources import Images, to_network
 
 FEATURES = 64
 CLASSIFIER_STEPS = 1500
@@ -92,44 +89,29 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return max(float(distance), 0.0)
 
 
-def evaluate(run: pathlib.Path | str, n: int = 10_000, *, seed: int = 0, device: str = "auto") -> dict[str, Any]:
-    """Measures a trained run against its held-out images.
+def frechet_to_held_out(images: Images, samples: Tensor, normal: Tensor | None, device: torch.device) -> dict[str, Any]:
+    """Fréchet distances to the held-out images, in the features of a classifier that is trained on the others.
 
     Arguments:
-        run: the run folder.
-        n: samples to draw.
-        seed: of the samples.
+        images: with class labels.
+        samples: uint8 [n, c, s, s] from the prior.
+        normal: the same from z ~ N(0, I) through the same generator, or None where that is the prior.
 
     Returns:
-        n, n_held_out, classifier_accuracy (on held-out images), frechet_prior, frechet_standard_normal (z ~ N(0, I)
-        through the same generator; absent when that is the prior), frechet_train (training images, the floor), and
-        reconstruction_mse (per pixel, pixels in [-1, 1]).
-
-    Raises:
-        RunError: there is no trained run, its images have no labels, or `n` is below 2.
+        classifier_accuracy (on held-out images), frechet_prior, frechet_standard_normal (absent without `normal`), and
+        frechet_train (as many training images, the floor).
     """
-    if n < 2:
-        raise RunError(f"evaluation needs at least 2 samples, got {n}")
-    _, config, model = open_run(run, device)
-    images = load_images(config.options.data, config.image_size)
-    if images.train_labels is None or images.held_out_labels is None:
-        raise RunError(f'"{images.name}" has no class labels; the feature net of the Fréchet distance needs them')
-    where = next(model.parameters()).device
-    net = train_feature_net(images.train, images.train_labels, where)
-    held_out = _in_batches(net.features, images.held_out, where)
-    predicted = _in_batches(net, images.held_out, where).argmax(dim=1)
+    net = train_feature_net(images.train, images.train_labels, device)
+    held_out = _in_batches(net.features, images.held_out, device)
+    predicted = _in_batches(net, images.held_out, device).argmax(dim=1)
 
     def distance(pixels: Tensor) -> float:
-        return frechet_distance(_in_batches(net.features, pixels, where), held_out)
+        return frechet_distance(_in_batches(net.features, pixels, device), held_out)
 
-    generator = torch.Generator(where).manual_seed(seed)
-    result: dict[str, Any] = {"n": n, "n_held_out": len(images.held_out)}
+    result: dict[str, Any] = {}
     result["classifier_accuracy"] = (predicted == images.held_out_labels).double().mean().item()
-    result["frechet_prior"] = distance(to_pixels(model.decode(model.sample_prior(n, generator))))
-    if model.energy is not None:
-        normal = model.decode(model.standard_normal(n, generator))
-        result["frechet_standard_normal"] = distance(to_pixels(normal))
-    result["frechet_train"] = distance(images.train[:n])
-    truth = to_network(images.held_out, where)
-    result["reconstruction_mse"] = (model.reconstruct(truth) - truth).square().mean().item()
+    result["frechet_prior"] = distance(samples)
+    if normal is not None:
+        result["frechet_standard_normal"] = distance(normal)
+    result["frechet_train"] = distance(images.train[: len(samples)])
     return result
