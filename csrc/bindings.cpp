@@ -1,4 +1,4 @@
-// The Python module: integers, floats and addresses in, exceptions out. pybind11 is known to bindings*.{h,cpp} alone.
+// The Python module: integers, floats and addresses in, exceptions out. Python is known to bindings* alone.
 //
 // Every operation takes its record of params.h as keyword arguments. Addresses are integers (0: absent) of contiguous
 // arrays that the caller keeps alive and has checked; the Python interpreter's lock is released while a kernel runs.

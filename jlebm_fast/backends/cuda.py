@@ -1,0 +1,320 @@
+"""The four operations on NVIDIA GPUs: CUDA kernels (csrc/cuda), one launch each, compute capability 8.0 and newer.
+
+    resident   the weights stay in a multiprocessor's shared memory for the whole chain
+    streamed   larger ones are streamed from L2 in every step, shared by the chains of a block
+
+Matrix products run in "fp32" (three tf32 products each, float32 accuracy), "tf32" or "bf16" (`precision.py`). Launches
+go to torch's current stream of the tensors' device, never synchronise, and may be captured in a CUDA graph: give the
+noise key as an int64 tensor on the device and advance it there (`advance_noise_key`), so that each replay draws fresh
+noise.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import precision
+from ..checks import describe
+from ..problem import MLP, ChainResult, MLPSpec, Record, Update
+from . import _native
+from .cpu import _Addresses, _mlp_fields, _update_fields
+
+NAME = "cuda"
+READS_KEY_TENSORS = True
+TAKES_PRECISION = True
+
+Launch = Callable[[torch.device, "Tensor | None"], tuple]
+
+
+class Kernels:
+    """The operations of a compiled module, on tensors where its kernels run.
+
+    native   jlebm_fast._C, or the same kernels built for the host
+    launch   (device, workspace) -> (device, stream, precision, workspace, workspace_bytes, multiprocessors, shared bytes)
+    """
+
+    def __init__(self, native: ModuleType, launch: Launch) -> None:
+        self.native = native
+        self.launch = launch
+        self._plans: dict[tuple, tuple[int, str]] = {}
+
+    def plan(self, op: str, spec: MLPSpec, chains: int, energies: bool, device: torch.device) -> tuple[int, str]:
+        """(bytes of workspace, regime in words)."""
+        launch = self.launch(device, None)
+        key = (op, spec, chains, energies, launch[0], launch[2], launch[5:])
+        if key not in self._plans:
+            self._plans[key] = self.native.cuda_mlp_plan(
+                op=op, chains=chains, mlp=_shape_fields(spec), energies=energies, launch=launch
+            )
+        return self._plans[key]
+
+    def _with_workspace(self, op: str, mlp: MLP, chains: int, energies: bool, device: torch.device) -> tuple:
+        """(launch, workspace); torch's allocator reuses the memory in the order of the stream, so it may be let go."""
+        n_bytes = self.plan(op, mlp.spec, chains, energies, device)[0]
+        workspace = torch.empty(n_bytes, dtype=torch.uint8, device=device) if n_bytes else None
+        return self.launch(device, workspace), workspace
+
+    def langevin_noise(
+        self,
+        noise_key: int | Tensor,
+        n_steps: int,
+        chains: int,
+        dim: int,
+        *,
+        first_step: int = 0,
+        first_chain: int = 0,
+        stream: int = 0,
+        device: torch.device | str = "cuda",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The noise field eps [n_steps, chains, dim] of the noise contract."""
+        out = torch.empty((n_steps, chains, dim), dtype=dtype, device=device)
+        if out.numel():
+            number, at = _key_fields(noise_key, out.device)
+            self.native.cuda_langevin_noise(
+                noise_key=number,
+                noise_key_at=at,
+                first_step=first_step,
+                first_chain=first_chain,
+                stream=stream,
+                n_steps=n_steps,
+                chains=chains,
+                dim=dim,
+                out=out.data_ptr(),
+                launch=self.launch(out.device, None),
+            )
+        return out
+
+    def langevin_step(self, z: Tensor, grad: Tensor, update: Update) -> Tensor:
+        """One update of z [chains, dim] with a given gradient [chains, dim]."""
+        out = torch.empty_like(z)
+        if out.numel():
+            number, at = _key_fields(update.noise_key, z.device)
+            with _Addresses() as address:
+                self.native.cuda_langevin_step(
+                    chains=z.shape[0],
+                    dim=z.shape[1],
+                    z=address(z),
+                    grad=address(grad),
+                    update=_update_fields(update._replace(noise_key=number), address),
+                    noise_key_at=at,
+                    out=out.data_ptr(),
+                    launch=self.launch(z.device, None),
+                )
+        return out
+
+    def mlp_energy_grad(self, z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor]:
+        """f(z) [chains] and its gradient [chains, dim]."""
+        return self.mlp_energy_layers(z, mlp, layers=False)[:2]
+
+    def mlp_energy_layers(
+        self, z: Tensor, mlp: MLP, *, layers: bool = True
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """f(z) [chains], its gradient [chains, dim], and of each hidden layer h_l and df/da_l [chains, H_l]: what the
+        gradients in the parameters are made of, dW_l = (df/da_l)ᵀ h_{l−1}.
+        """
+        chains = z.shape[0]
+        energy, grad = z.new_empty(chains), torch.empty_like(z)
+        widths = mlp.spec.widths[1:-1] if layers else ()
+        hidden, delta = ([z.new_empty(chains, width) for width in widths] for _ in range(2))
+        if chains:
+            launch, _workspace = self._with_workspace("mlp_energy_grad", mlp, chains, True, z.device)
+            with _Addresses() as address:
+                self.native.cuda_mlp_energy_grad(
+                    chains=chains,
+                    z=address(z),
+                    mlp=_mlp_fields(mlp, address),
+                    energy=energy.data_ptr(),
+                    grad=grad.data_ptr(),
+                    hidden=[h.data_ptr() for h in hidden],
+                    delta=[d.data_ptr() for d in delta],
+                    launch=launch,
+                )
+        return energy, grad, hidden, delta
+
+    def mlp_langevin_chain(self, z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:
+        """n_steps updates with the MLP's own gradient."""
+        chains, dim = z.shape
+        n_kept = n_steps // record.thin
+        energy = grad_norm = displacement = first_bad_step = trajectory = None
+        if record.diagnostics:
+            energy, grad_norm, displacement = (z.new_empty(n_kept, chains) for _ in range(3))
+            first_bad_step = torch.full((chains,), -1, dtype=torch.int64, device=z.device)
+        if record.trajectory:
+            trajectory = z.new_empty(n_kept, chains, dim)
+        result = ChainResult(torch.empty_like(z), energy, grad_norm, displacement, first_bad_step, trajectory)
+        if chains == 0:
+            return result
+        number, at = _key_fields(update.noise_key, z.device)
+        # an empty record (n_kept = 0) has no address, and then nothing is kept
+        energies = record.diagnostics and n_kept > 0
+        launch, _workspace = self._with_workspace("mlp_langevin_chain", mlp, chains, energies, z.device)
+        with _Addresses() as address:
+            self.native.cuda_mlp_langevin_chain(
+                chains=chains,
+                n_steps=n_steps,
+                z=address(z),
+                mlp=_mlp_fields(mlp, address),
+                update=_update_fields(update._replace(noise_key=number), address),
+                noise_key_at=at,
+                record=(record.thin, *[address(t) for t in result[1:]]),
+                out=result.z.data_ptr(),
+                launch=launch,
+            )
+        return result
+
+    def advance_noise_key(self, noise_key: Tensor) -> None:
+        """Move an int64 key [1] on its device to the next one, in stream order: what a CUDA graph appends so that its
+        next replay draws fresh noise.
+        """
+        _, at = _key_fields(noise_key, noise_key.device)
+        self.native.cuda_advance_noise_key(noise_key=at, launch=self.launch(noise_key.device, None))
+
+
+def _key_fields(noise_key: int | Tensor, device: torch.device) -> tuple[int, int]:
+    """(key, 0) of a number, (0, address) of a tensor that stands where the kernel reads it."""
+    if not isinstance(noise_key, Tensor):
+        return noise_key, 0
+    if noise_key.device != device or noise_key.dtype != torch.int64 or noise_key.numel() != 1:
+        raise ValueError(f"noise_key must be an integer, or [1] int64 on {device} like z, got {describe(noise_key)}")
+    return 0, noise_key.data_ptr()
+
+
+def _shape_fields(spec: MLPSpec) -> tuple:
+    """An MLP's fields without parameters, for questions about sizes."""
+    nothing = [None] * (spec.n_hidden + 1)
+    with _Addresses() as address:
+        fields = _mlp_fields(MLP(spec, (), tuple(nothing)), address)
+    return (*fields[:5], [0] * (spec.n_hidden + 1), *fields[6:])
+
+
+# --- this process's devices -------------------------------------------------------------------------------------------
+
+
+def unavailable_reason() -> str | None:
+    """Why no call can be served, with the remedy: module, torch, driver, device, in this order."""
+    reason = _native.unavailable_reason()
+    if reason is not None:
+        return reason
+    return missing_reason(_native.load(), torch.version.cuda, torch.version.hip)
+
+
+def missing_reason(native: ModuleType, torch_cuda: str | None, torch_hip: str | None) -> str | None:
+    """The same, of a compiled module and the versions of CUDA and HIP that torch was built with."""
+    if not native.cuda:
+        return (
+            "the compiled module was built without CUDA, because no nvcc was found; put the CUDA toolkit's nvcc on PATH "
+            "and rebuild with `JLEBM_CUDA=on pip install -e .`, or use backend 'triton' or 'eager' on GPUs"
+        )
+    if torch_cuda is None:
+        have = "is built for ROCm" if torch_hip else "is a build for the CPU"
+        remedy = "use backend 'triton' or 'eager'" if torch_hip else "install a CUDA wheel of torch (pytorch.org)"
+        return f"torch {torch.__version__} {have}, so no tensor can be on a CUDA device; {remedy}"
+    reason = native.cuda_driver_reason(native.cuda_driver_version(), native.cuda_runtime_version)
+    if reason:
+        return reason
+    if torch.cuda.device_count() == 0:
+        return "torch sees no GPU; look at nvidia-smi and at CUDA_VISIBLE_DEVICES, or use backend 'cpu' or 'eager'"
+    return None
+
+
+def unsupported_reason(
+    op: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    spec: MLPSpec | None = None,
+    update: Update | None = None,
+) -> str | None:
+    if device.type != "cuda":
+        return f"it runs on CUDA tensors, got {device}"
+    if dtype != torch.float32:
+        return f"it computes in float32, got {str(dtype).removeprefix('torch.')}; float64 runs on backend 'eager'"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _device_reason(index, spec, precision.current() if spec is not None else "fp32")
+
+
+@functools.cache
+def _device_reason(index: int, spec: MLPSpec | None, name: str) -> str | None:
+    native = _native.load()
+    _, capability, multiprocessors, max_shared_bytes = _device_facts(index)
+    reason = native.cuda_capability_reason(capability, native.cuda_archs)
+    if not reason and spec is not None:
+        launch = (index, 0, precision.NAMES.index(name), 0, 0, multiprocessors, max_shared_bytes)
+        reason = native.cuda_mlp_unsupported_reason(mlp=_shape_fields(spec), launch=launch)
+    return reason or None
+
+
+@functools.cache
+def _device_facts(index: int) -> tuple[str, int, int, int]:
+    """(name, compute capability as 90, multiprocessors, shared memory of a block)."""
+    return _native.load().cuda_device(index)
+
+
+def _launch(device: torch.device, workspace: Tensor | None) -> tuple:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return (
+        index,
+        torch.cuda.current_stream(index).cuda_stream,
+        precision.NAMES.index(precision.current()),
+        0 if workspace is None else workspace.data_ptr(),
+        0 if workspace is None else workspace.numel(),
+        *_device_facts(index)[2:],
+    )
+
+
+@functools.cache
+def _kernels() -> Kernels:
+    return Kernels(_native.load(), _launch)
+
+
+def regime(op: str, spec: MLPSpec | None) -> str:
+    if spec is None:
+        return "one launch"
+    # explain() names no number of chains: the regime of 100, the batch of the papers
+    index = torch.cuda.current_device()
+    return f"{_kernels().plan(op, spec, 100, False, torch.device('cuda', index))[1]}, for 100 chains"
+
+
+def build() -> str:
+    """Toolkit and architectures of this build, driver of this machine."""
+    native = _native.load()
+    toolkit, driver = (
+        f"{v // 1000}.{v % 1000 // 10}" for v in (native.cuda_runtime_version, native.cuda_driver_version())
+    )
+    return f"CUDA {toolkit}, architectures {native.cuda_archs}; the driver supports CUDA {driver}"
+
+
+def langevin_noise(*arguments: object, **options: object) -> Tensor:
+    """See `Kernels.langevin_noise`."""
+    return _kernels().langevin_noise(*arguments, **options)
+
+
+def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor:
+    """See `Kernels.langevin_step`."""
+    return _kernels().langevin_step(z, grad, update)
+
+
+def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor]:
+    """See `Kernels.mlp_energy_grad`."""
+    return _kernels().mlp_energy_grad(z, mlp)
+
+
+def mlp_energy_layers(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """See `Kernels.mlp_energy_layers`."""
+    return _kernels().mlp_energy_layers(z, mlp)
+
+
+def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:
+    """See `Kernels.mlp_langevin_chain`."""
+    return _kernels().mlp_langevin_chain(z, mlp, update, n_steps, record)
+
+
+def advance_noise_key(noise_key: Tensor) -> None:
+    """See `Kernels.advance_noise_key`."""
+    _kernels().advance_noise_key(noise_key)
