@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import dynamics, ops, registration
+from . import dynamics, registration
 from .energy import EnergyMLP
 from .latents import LatentLayout, flatten_latents, flatten_mask
 from .problem import MLP, MLPSpec, Record, Update
@@ -36,7 +36,9 @@ def sample(sampler: FastLangevin, z: Any, options: dict[str, Any]) -> Any:
             return outside(sampler, z, options)
         record = Record(options["return_info"], options["return_trajectory"], options["thin"])
         update = _update(sampler, flat, layout, options)
-        result = ops.mlp_langevin_chain(flat, mlp, update, sampler.n_steps, record, backend=sampler.backend)
+        result = registration.mlp_langevin_chain(
+            flat, mlp, update, sampler.n_steps, record, sampler.backend, sampler.precision
+        )
         return sampler._answer(result, result.z, layout, record)
 
 

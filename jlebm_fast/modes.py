@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 
@@ -23,7 +24,7 @@ class chain_mode:
         if torch.compiler.is_compiling():  # the other two are modes of a compiled function's caller
             inference = autocast = False
         else:
-            inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(self._device.type)
+            inference, autocast = torch.is_inference_mode_enabled(), autocast_enabled(self._device)
         self._others = contextlib.ExitStack() if inference or autocast else None
         if inference:
             self._others.enter_context(torch.inference_mode(False))
@@ -38,6 +39,14 @@ class chain_mode:
             torch.set_grad_enabled(self._was)
         if self._others is not None:
             self._others.__exit__(*error)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of that device; never on devices that have none."""
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+_has_autocast = functools.cache(torch.amp.autocast_mode.is_autocast_available)
 
 
 def device_of(z: object) -> torch.device:

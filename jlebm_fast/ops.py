@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import SUPPORTED_DTYPES, check_like, describe, dtype_name
-from .modes import chain_mode
+from .modes import autocast_enabled, chain_mode
 from .problem import ACTIVATIONS, HEADS, MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
 from .rng import COUNTER_RANGE, check_noise_key, key_number
 
@@ -110,7 +110,7 @@ def direct_noise(
         raise ValueError(f"dtype must be float32 or float64, got {dtype}")
     chosen = backends.choose("langevin_noise", backend, device=device, dtype=dtype)
     return chosen.langevin_noise(
-        _key_for(chosen, noise_key),
+        _key_for(chosen, noise_key, device),
         n_steps,
         chains,
         dim,
@@ -127,7 +127,7 @@ def direct_step(z: Tensor, grad: Tensor, update: Update, backend: str) -> Tensor
     check_like("grad", grad, (tuple(z.shape),), z)
     check_update(update, z, 1)
     chosen = backends.choose("langevin_step", backend, device=z.device, dtype=z.dtype, update=update)
-    update = _update_for(chosen, update)
+    update = _update_for(chosen, update, z.device)
     if not _attached(z.device):
         return chosen.langevin_step(z.contiguous(), grad.contiguous(), update)
     with chain_mode(z.device):
@@ -153,7 +153,7 @@ def direct_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Reco
     chosen = backends.choose(
         "mlp_langevin_chain", backend, device=z.device, dtype=z.dtype, spec=mlp.spec, update=update
     )
-    update = _update_for(chosen, update)
+    update = _update_for(chosen, update, z.device)
     if not _attached(z.device):
         return chosen.mlp_langevin_chain(z.contiguous(), mlp, update, n_steps, record)
     with chain_mode(z.device):
@@ -162,18 +162,20 @@ def direct_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Reco
 
 def _attached(device: torch.device) -> bool:
     """Whether autograd or autocast would see what a backend does in plain torch."""
-    return torch.is_grad_enabled() or torch.is_autocast_enabled(device.type)
+    return torch.is_grad_enabled() or autocast_enabled(device)
 
 
-def _key_for(chosen: ModuleType, noise_key: int | Tensor) -> int | Tensor:
-    """The key as the backend reads it: from a tensor only where it says so, with READS_KEY_TENSORS."""
-    if isinstance(noise_key, Tensor) and not getattr(chosen, "READS_KEY_TENSORS", False):
-        return key_number(noise_key)
-    return noise_key
+def _key_for(chosen: ModuleType, noise_key: int | Tensor, device: torch.device) -> int | Tensor:
+    """The key as the backend reads it: from memory of its own device where it says so, with READS_KEY_TENSORS."""
+    if not isinstance(noise_key, Tensor):
+        return noise_key
+    if device.type != "cpu" and noise_key.device == device and getattr(chosen, "READS_KEY_TENSORS", False):
+        return noise_key
+    return key_number(noise_key)
 
 
-def _update_for(chosen: ModuleType, update: Update) -> Update:
-    key = _key_for(chosen, update.noise_key)
+def _update_for(chosen: ModuleType, update: Update, device: torch.device) -> Update:
+    key = _key_for(chosen, update.noise_key, device)
     return update if key is update.noise_key else update._replace(noise_key=key)
 
 
@@ -247,6 +249,10 @@ def check_mlp(mlp: MLP, z: Tensor) -> None:
         check_like("context_bias", mlp.context_bias, ((z.shape[0], spec.widths[1]),), z)
     if (mlp.logit is not None) != (spec.head == "logit"):
         raise ValueError("a chosen logit goes with head 'logit', and only with it")
+    if mlp.logit is not None and (
+        mlp.logit.dtype != torch.int64 or mlp.logit.shape != z.shape[:1] or mlp.logit.device != device
+    ):
+        raise ValueError(f"logit must be [{z.shape[0]}] int64 on {device}, got {describe(mlp.logit)}")
 
 
 def check_update(update: Update, z: Tensor, n_steps: int) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops, rng
+from . import ops, precision, rng
 from .backends import eager
 from .problem import MLP, ChainResult, MLPSpec, Record, Update
 from .spectral import top_singulars
@@ -38,9 +38,9 @@ SCHEMAS = {
     "langevin_noise": "(Tensor noise_key, SymInt n_steps, SymInt chains, SymInt dim, SymInt first_step, "
     "SymInt first_chain, SymInt stream, Device device, ScalarType dtype, str backend) -> Tensor",
     "langevin_step": f"(Tensor z, Tensor grad, {_UPDATE}, str backend) -> Tensor",
-    "mlp_energy_grad": f"(Tensor z, {_MLP}, str backend) -> (Tensor, Tensor)",
+    "mlp_energy_grad": f"(Tensor z, {_MLP}, str backend, str? precision) -> (Tensor, Tensor)",
     "mlp_langevin_chain": f"(Tensor z, {_MLP}, {_UPDATE}, SymInt n_steps, bool diagnostics, bool trajectory, "
-    "SymInt thin, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "SymInt thin, str backend, str? precision) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "draw_noise_key": "() -> Tensor",
     "top_singular": "(Tensor weight, Tensor u) -> (Tensor, Tensor, Tensor)",
 }
@@ -106,13 +106,16 @@ def _langevin_step(z, grad, *rest):
 
 
 def _mlp_energy_grad(z, *rest):
-    return ops.direct_energy_grad(z, rebuilt_mlp(*rest[:_N_MLP]), rest[-1])
+    *spread, backend, asked = rest
+    with precision.using(asked):
+        return ops.direct_energy_grad(z, rebuilt_mlp(*spread), backend)
 
 
 def _mlp_langevin_chain(z, *rest):
     mlp, update = rebuilt_mlp(*rest[:_N_MLP]), Update(*rest[_N_MLP : _N_MLP + _N_UPDATE])
-    n_steps, diagnostics, trajectory, thin, backend = rest[_N_MLP + _N_UPDATE :]
-    result = ops.direct_chain(z, mlp, update, n_steps, Record(diagnostics, trajectory, thin), backend)
+    n_steps, diagnostics, trajectory, thin, backend, asked = rest[_N_MLP + _N_UPDATE :]
+    with precision.using(asked):
+        result = ops.direct_chain(z, mlp, update, n_steps, Record(diagnostics, trajectory, thin), backend)
     # an operator returns tensors only: empty ones stand for what was not asked for
     return tuple([z.new_empty(0) if value is None else value for value in result])
 
@@ -143,7 +146,7 @@ def _fake_energy_grad(z, *rest):
 
 
 def _fake_chain(z, *rest):
-    n_steps, diagnostics, trajectory, thin, _ = rest[_N_MLP + _N_UPDATE :]
+    n_steps, diagnostics, trajectory, thin, _, _ = rest[_N_MLP + _N_UPDATE :]
     kept, chains = n_steps // thin, z.shape[0]
     per_step = [z.new_empty((kept, chains)) if diagnostics else z.new_empty(0) for _ in range(3)]
     first_bad_step = z.new_empty((chains,), dtype=torch.int64) if diagnostics else z.new_empty(0)
@@ -167,7 +170,7 @@ def _fake_top_singular(weight, u):
 
 
 def _save_inputs(ctx, inputs, output):
-    z, weights, biases, context_bias, logit, *ctx.constants, _ = inputs
+    z, weights, biases, context_bias, logit, *ctx.constants, _, _ = inputs
     ctx.n_layers, ctx.has_bias = len(weights), [bias is not None for bias in biases]
     tensors = [z, *weights, *[bias for bias in biases if bias is not None], context_bias, logit]
     ctx.save_for_backward(*tensors)
@@ -195,7 +198,7 @@ def _energy_grad_backward(ctx, energy_cotangent, grad_cotangent):
     gradients = iter(found)
     of_leaf = [next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
     n = len(weights)
-    return (of_leaf[0], of_leaf[1 : 1 + n], of_leaf[1 + n : -1], of_leaf[-1], None, None, None, None, None, None)
+    return (of_leaf[0], of_leaf[1 : 1 + n], of_leaf[1 + n : -1], of_leaf[-1], None, None, None, None, None, None, None)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -257,11 +260,14 @@ def langevin_step(z: Tensor, grad: Tensor, update: Update, backend: str) -> Tens
     return operators.langevin_step.default(z, grad, *spread_update(update), backend)
 
 
-def mlp_energy_grad(z: Tensor, mlp: MLP, backend: str) -> tuple[Tensor, Tensor]:
-    return operators.mlp_energy_grad.default(z, *spread_mlp(mlp), backend)
+def mlp_energy_grad(z: Tensor, mlp: MLP, backend: str, asked: str | None = None) -> tuple[Tensor, Tensor]:
+    return operators.mlp_energy_grad.default(z, *spread_mlp(mlp), backend, asked)
 
 
-def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str) -> ChainResult:
+def mlp_langevin_chain(
+    z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str, asked: str | None = None
+) -> ChainResult:
+    """`ops.mlp_langevin_chain`; asked is the precision (`precision.py`)."""
     z, energy, grad_norm, displacement, first_bad_step, trajectory = operators.mlp_langevin_chain.default(
         z,
         *spread_mlp(mlp),
@@ -271,6 +277,7 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
         record.trajectory,
         record.thin,
         backend,
+        asked,
     )
     if not record.diagnostics:
         energy = grad_norm = displacement = first_bad_step = None

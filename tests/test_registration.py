@@ -29,6 +29,7 @@ def arguments_of_chain(z, mlp, update, n_steps, record, backend):
         n_steps,
         *record,
         backend.name,
+        None,
     )
 
 
@@ -51,7 +52,7 @@ def test_opcheck_of_the_chain(backend, record, head):
 def test_opcheck_of_energy_and_gradient(backend):
     z, mlp = problem(backend)
     for inputs in ((z, mlp), (z.clone().requires_grad_(), attached(mlp)), (z, attached(mlp))):
-        opcheck(OPERATORS.mlp_energy_grad.default, (inputs[0], *registration.spread_mlp(inputs[1]), backend.name))
+        opcheck(OPERATORS.mlp_energy_grad.default, (inputs[0], *registration.spread_mlp(inputs[1]), backend.name, None))
 
 
 def test_opcheck_of_step_and_noise(backend):
@@ -74,7 +75,7 @@ def test_operators_are_the_functions(backend):
     ours = OPERATORS.mlp_langevin_chain.default(*arguments_of_chain(z, mlp, update, 4, record, backend))
     for a, b in zip(ours, ops.mlp_langevin_chain(z, mlp, update, 4, record, backend=backend.name), strict=True):
         assert torch.equal(a, b)
-    ours = OPERATORS.mlp_energy_grad.default(z, *registration.spread_mlp(mlp), backend.name)
+    ours = OPERATORS.mlp_energy_grad.default(z, *registration.spread_mlp(mlp), backend.name, None)
     for a, b in zip(ours, ops.mlp_energy_grad(z, mlp, backend=backend.name), strict=True):
         assert torch.equal(a, b)
 
