@@ -35,7 +35,7 @@ class Kernels:
     """The operations of a compiled module, on tensors where its kernels run.
 
     native   jlebm_fast._C, or the same kernels built for the host
-    launch   (device, workspace) -> (device, stream, precision, workspace, workspace_bytes, multiprocessors, shared bytes)
+    launch   (device, workspace) -> (device, stream, precision, workspace, its bytes, multiprocessors, shared bytes)
     """
 
     def __init__(self, native: ModuleType, launch: Launch) -> None:
@@ -208,8 +208,8 @@ def missing_reason(native: ModuleType, torch_cuda: str | None, torch_hip: str | 
     """The same, of a compiled module and the versions of CUDA and HIP that torch was built with."""
     if not native.cuda:
         return (
-            "the compiled module was built without CUDA, because no nvcc was found; put the CUDA toolkit's nvcc on PATH "
-            "and rebuild with `JLEBM_CUDA=on pip install -e .`, or use backend 'triton' or 'eager' on GPUs"
+            "the compiled module was built without CUDA (no nvcc was found, or JLEBM_CUDA=off); put the CUDA toolkit's "
+            "nvcc on PATH and rebuild with `JLEBM_CUDA=on pip install -e .`, or use backend 'triton' or 'eager' on GPUs"
         )
     if torch_cuda is None:
         have = "is built for ROCm" if torch_hip else "is a build for the CPU"

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for the host, once for all test processes, and calls them on CPU tensors.
 
-The module lies in build/cuda_host/<digest of its sources>/; a file lock lets the first process build and the others wait.
+The module lies in build/cuda_host/; a file lock lets the first process build and the others wait.
 """
 
 from __future__ import annotations
