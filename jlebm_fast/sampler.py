@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,18 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, dynamics, ops, stepwise
+from . import backends, dynamics, ops, precision, stepwise
 from .checks import check_like, describe
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .explanation import explain
 from .latents import LatentLayout, flatten_latents, flatten_mask
 from .modes import chain_mode, device_of
-from .problem import ChainResult, Record, Update
+from .problem import ChainResult, MLPSpec, Record, Update
 from .recognition import EnergySource
 from .rng import noise_key_of
 
-PRECISIONS = (None, "fp32", "tf32", "bf16")
-TORCH_PRECISIONS = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
+PRECISIONS = (None, *precision.NAMES)
 Latents = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 
@@ -61,7 +61,7 @@ class FastLangevin:
         maximize: True, the energy is f and p ∝ exp(f) p0 (Cui et al.); False, E and p ∝ exp(−E) p0 (the LEBM code)
         backend: "auto", "cuda", "triton", "cpu" or "eager"
         precision: None (follow torch.get_float32_matmul_precision()), "fp32", "tf32" or "bf16"; on the CPU chains
-            are fp32 whatever it says; eager on a GPU computes in torch's precision, and refuses another
+            are fp32 whatever it says; on a GPU eager and energies that are no MLP refuse another than torch's own
 
     Raises:
         ValueError: an argument outside these ranges, here or at the call.
@@ -222,23 +222,36 @@ class FastLangevin:
         y: Tensor | int | None,
     ) -> ChainResult:
         """The chain on the flat tensor, where maximize has become a sign: f = sign · energy."""
-        self._check_precision(flat)
         sign = 1.0 if self.maximize else -1.0
         likelihood = None if log_likelihood is None else stepwise.Likelihood(log_likelihood, layout)
         mlp = self._source.mlp(flat, layout, context, y, sign)
         if mlp is None:
             energy = stepwise.AnyEnergy(self._source.callable(), layout, context, y, sign)
-            return stepwise.any_energy_chain(flat, energy, likelihood, update, self.n_steps, record, self.backend)
-        if likelihood is None:
-            return ops.mlp_langevin_chain(flat, mlp, update, self.n_steps, record, backend=self.backend)
-        return stepwise.posterior_chain(flat, mlp, likelihood, update, self.n_steps, record, self.backend)
+        if self.precision is None or flat.device.type == "cpu":
+            asked = contextlib.nullcontext()
+        else:
+            self._check_precision(flat, None if mlp is None else mlp.spec)
+            asked = precision.using(self.precision)
+        with asked:
+            if mlp is None:
+                return stepwise.any_energy_chain(flat, energy, likelihood, update, self.n_steps, record, self.backend)
+            if likelihood is None:
+                return ops.mlp_langevin_chain(flat, mlp, update, self.n_steps, record, backend=self.backend)
+            return stepwise.posterior_chain(flat, mlp, likelihood, update, self.n_steps, record, self.backend)
 
-    def _check_precision(self, flat: Tensor) -> None:
-        of_torch = TORCH_PRECISIONS[torch.get_float32_matmul_precision()]
-        if flat.device.type != "cpu" and self.precision not in (None, of_torch):
+    def _check_precision(self, flat: Tensor, spec: MLPSpec | None) -> None:
+        """A precision other than torch's own can be had where the chosen backend multiplies the matrices itself."""
+        of_torch = precision.OF_TORCH[torch.get_float32_matmul_precision()]
+        if self.precision == of_torch:
+            return
+        op = "langevin_step" if spec is None else "mlp_langevin_chain"
+        with precision.using(self.precision):
+            chosen = backends.choose(op, self.backend, device=flat.device, dtype=flat.dtype, spec=spec)
+        if spec is None or not getattr(chosen, "TAKES_PRECISION", False):
+            who = "the energy's own forward" if spec is None else f"backend {chosen.NAME!r}"
             raise ValueError(
-                f"precision={self.precision!r} cannot be had: backend 'eager' on {flat.device} computes in torch's "
-                f"own, {of_torch}; call torch.set_float32_matmul_precision, or leave precision=None"
+                f"precision={self.precision!r} cannot be had: {who} on {flat.device} computes in torch's own, "
+                f"{of_torch}; call torch.set_float32_matmul_precision, or leave precision=None"
             )
 
     def _update(
