@@ -1,0 +1,146 @@
+"""jlebm_fast.compat beside loops written the way those codes write them: float32, 60 steps, the same noise."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import jlebm_fast as jf
+from jlebm_fast.rng import draw_noise_key
+
+DIMS = (2, 2, 2, 10)
+STEPS, CHAINS = 60, 100
+
+
+def normal(*shape, seed=91):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noise_of_the_next_call(dim):
+    """The noise that a call under the present state of torch's generator will use; leaves the state as it was."""
+    state = torch.get_rng_state()
+    eps = jf.langevin_noise(draw_noise_key(), STEPS, CHAINS, dim)
+    torch.set_rng_state(state)
+    return eps
+
+
+class JointEnergy(nn.Module):
+    """f([z_1 … z_L]) as the joint prior's code has it: an MLP on the concatenation, optionally with spectral norm."""
+
+    def __init__(self, norm):
+        super().__init__()
+        wrap = nn.utils.spectral_norm if norm else (lambda m: m)
+        widths = (sum(DIMS), 50, 50, 50, 50)
+        layers = []
+        for a, b in itertools.pairwise(widths):
+            layers += [wrap(nn.Linear(a, b)), nn.LeakyReLU(0.2)]
+        self.energy = nn.Sequential(*layers, wrap(nn.Linear(50, 1)))
+
+    def forward(self, zs):
+        return self.energy(torch.cat(zs, dim=1))
+
+
+def joint_loop(zs, f, step_size, noise):
+    """Layer by layer: z_i <- z_i + s²/2 (∂f/∂z_i − z_i) + s eps."""
+    zs = [z.clone().detach().requires_grad_(True) for z in zs]
+    for eps in noise:
+        grads = torch.autograd.grad(f(zs).sum(), zs)
+        for z, grad, e in zip(zs, grads, eps.split(DIMS, dim=1), strict=True):
+            z.data = z.data + 0.5 * step_size * step_size * (grad - z.data)
+            z.data += step_size * e
+    return [z.detach() for z in zs]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_joint_prior(norm):
+    torch.manual_seed(1)
+    f = JointEnergy(norm)
+    for _ in range(300 if norm else 0):  # a norm that has converged, as after any training
+        f([normal(1, d) for d in DIMS])
+    f.eval()
+    zs = [normal(CHAINS, d, seed=d + i) for i, d in enumerate(DIMS)]
+    args = SimpleNamespace(e_l_steps=STEPS, e_l_step_size=0.4)
+    torch.manual_seed(2)
+    expected = joint_loop(zs, f, 0.4, noise_of_the_next_call(sum(DIMS)))
+    ours = jf.compat.langevin_prior(zs, f, args, should_print=False)
+    assert [z.shape for z in ours] == [z.shape for z in zs]
+    assert (torch.cat(ours, 1) - torch.cat(expected, 1)).abs().max() <= 1e-5
+
+
+def test_joint_prior_with_the_published_power_iteration():
+    """A norm that has not converged, iterated in every step of the chain: what nobody's .eval() gives."""
+    torch.manual_seed(1)
+    f, twin = JointEnergy(True), JointEnergy(True)
+    twin.load_state_dict(f.state_dict())
+    with torch.no_grad():
+        for layer in (*f.energy, *twin.energy):
+            if isinstance(layer, nn.Linear):
+                layer.bias.mul_(0.5)
+    zs = [normal(CHAINS, d, seed=d + i) for i, d in enumerate(DIMS)]
+    args = {"e_l_steps": STEPS, "e_l_step_size": 0.4}
+    torch.manual_seed(2)
+    noise = noise_of_the_next_call(sum(DIMS))
+    expected = joint_loop(zs, twin, 0.4, noise)
+    ours = jf.compat.langevin_prior(zs, lambda zs: f(zs), args, should_print=False)
+    assert (torch.cat(ours, 1) - torch.cat(expected, 1)).abs().max() <= 1e-5
+    for name, buffer in f.named_buffers():
+        torch.testing.assert_close(buffer, dict(twin.named_buffers())[name], rtol=1e-4, atol=1e-5)
+    frozen = jf.compat.langevin_prior(zs, f, args, should_print=False)
+    assert not torch.allclose(torch.cat(frozen, 1), torch.cat(ours, 1), atol=1e-3)
+
+
+FORMS = {
+    "identity": lambda score: score,
+    "tanh": lambda score: torch.tanh(-score),
+    "sigmoid": torch.sigmoid,
+    "softplus": nn.functional.softplus,
+}
+
+
+def latent_loop(z, net, form, args, noise):
+    """z <- z − s²/2 ∂(E(z) + ‖z‖²/(2 sig²))/∂z + s eps, on [chains, dim, 1, 1]; and the norm of the last ∇E."""
+    z = z.clone().detach().requires_grad_(True)
+    s, norm = args.e_l_step_size, None
+    for eps in noise:
+        (grad,) = torch.autograd.grad(FORMS[form](net(z)).sum(), z)
+        norm = grad.view(len(z), -1).norm(dim=1).mean()
+        z.data = z.data - 0.5 * s * s * (grad + 1.0 / (args.e_prior_sig * args.e_prior_sig) * z.data)
+        if args.e_l_with_noise:
+            z.data += s * eps.view_as(z)
+    return z.detach(), norm
+
+
+class LatentEnergy(nn.Module):
+    """The LEBM code's score network on [chains, dim, 1, 1]."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.ebm = nn.Sequential(nn.Linear(100, 200), activation, nn.Linear(200, 200), activation, nn.Linear(200, 1))
+
+    def forward(self, z):
+        return self.ebm(z.squeeze()).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.LeakyReLU(0.2)], ids=["gelu", "leaky_relu"])
+@pytest.mark.parametrize("with_noise", [True, False])
+def test_latent_prior(form, activation, with_noise):
+    torch.manual_seed(3)
+    net, z = LatentEnergy(activation), normal(CHAINS, 100, 1, 1)
+    args = SimpleNamespace(
+        e_l_steps=STEPS, e_l_step_size=0.4, e_prior_sig=1.0, e_l_with_noise=with_noise, e_energy_form=form
+    )
+    torch.manual_seed(4)
+    expected, norm = latent_loop(z, net, form, args, noise_of_the_next_call(100))
+    ours, our_norm = jf.compat.sample_langevin_prior_z(z, net, args)
+    assert ours.shape == z.shape
+    worst = (ours - expected).abs().flatten(1).amax(1)
+    if isinstance(activation, nn.GELU):
+        assert worst.max() <= 1e-5
+    else:
+        # where one of 24,000 units meets the kink of a LeakyReLU within float32's rounding, either side is right
+        assert worst.quantile(0.98) <= 1e-5
+        assert worst.max() <= 1e-3
+    torch.testing.assert_close(our_norm, norm, rtol=1e-4, atol=1e-6)
