@@ -1,7 +1,7 @@
 """One rank of runs whose chains are written down: `python ranked_run.py OUT IMAGES`, or `recorded_run` in one process.
 
-Two ranks write OUT/rank0.pt and OUT/rank1.pt: starts and ends of the prior chains of the first step, of short-run and
-of persistent chains, and the parameters after all steps.
+Two ranks write OUT/rank0.pt and OUT/rank1.pt: starts and ends of all prior chains, of short-run and of persistent ones,
+the last checkpoints, and what every model has learned after a few steps.
 """
 
 import os
@@ -9,6 +9,7 @@ import pathlib
 import sys
 
 import torch
+from ranked_models import learned
 from shapes import SMALL_RUN
 
 from jlebm_fast.training.checkpoints import load_checkpoint
@@ -24,14 +25,19 @@ def run_options(images, **changes):
     return TrainOptions(**SMALL_RUN | {"data": str(images), "device": "cpu", "steps": STEPS, **changes})
 
 
+def meet_elsewhere(ports: list[str], i: int) -> None:
+    """Ranks part after each run; for the next one they take another port."""
+    if ports:
+        os.environ["MASTER_PORT"] = ports[i]
+
+
 def recorded_run(out: pathlib.Path, images: pathlib.Path) -> dict:
     """What this process saw of both runs."""
     seen: dict = {}
     start, end = TrainingStep.prior_start, TrainingStep.prior_end
     ports = os.environ.get("PORTS", "").split()
     for i, kind in enumerate(KINDS):
-        if ports:  # ranks part after each run; for the next one they meet elsewhere
-            os.environ["MASTER_PORT"] = ports[i]
+        meet_elsewhere(ports, i)
         record = seen[kind] = {"starts": [], "ends": []}
 
         def noted_start(step, n, dims, device="cpu", record=record):
@@ -49,6 +55,8 @@ def recorded_run(out: pathlib.Path, images: pathlib.Path) -> dict:
         finally:
             TrainingStep.prior_start, TrainingStep.prior_end = start, end
         record["checkpoint"] = load_checkpoint(folder.checkpoint) if os.environ.get("RANK", "0") == "0" else None
+    meet_elsewhere(ports, len(KINDS))
+    seen["models"] = learned(images)
     return seen
 
 
