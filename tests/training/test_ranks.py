@@ -29,8 +29,8 @@ def environment(**more):
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
 
 
-def two_ranks(commands):
-    """Finished processes of two ranks that find each other on ports of their own, one for each run they make."""
+def start_two_ranks(commands):
+    """Processes of two ranks that find each other on ports of their own, one for each run they make."""
     sockets = [socket.socket() for _ in range(3)]
     for free in sockets:
         free.bind(("127.0.0.1", 0))
@@ -38,7 +38,7 @@ def two_ranks(commands):
     for free in sockets:
         free.close()
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0], "PORTS": " ".join(ports), "WORLD_SIZE": "2"}
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **place),
@@ -48,11 +48,18 @@ def two_ranks(commands):
         )
         for rank, command in enumerate(commands)
     ]
+
+
+def finished(processes):
     said = [process.communicate(timeout=100) for process in processes]
     return [
-        subprocess.CompletedProcess(p.args, p.returncode, out, err)
-        for p, (out, err) in zip(processes, said, strict=True)
+        subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        for process, (out, err) in zip(processes, said, strict=True)
     ]
+
+
+def two_ranks(commands):
+    return finished(start_two_ranks(commands))
 
 
 def jlebm_twice(*arguments, second=()):
@@ -137,6 +144,20 @@ def test_a_rank_with_an_error_of_its_own_ends_all(folder_of_shapes, tmp_path):
     assert (first.returncode, second.returncode) == (1, 1)
     assert "rank 1: no such file or folder" in first.stderr
     assert first.stderr.count("\n") == 1
+
+
+def test_a_stop_asked_of_one_rank_stops_both_at_one_step(folder_of_shapes, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    arguments = ["-m", "jlebm_fast", "train", run.path, "--data", folder_of_shapes, *QUIET, "--steps", "1000000"]
+    processes = start_two_ranks([[*arguments, "--log-every", "1", "--checkpoint-every", "1000000"]] * 2)
+    wait_until(lambda: run.metrics.exists() and run.metrics.read_bytes().count(b"\n") > 3)
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = finished(processes)
+    assert (first.returncode, second.returncode) == (1, 1)
+    step = load_checkpoint(run.checkpoint)["step"]
+    assert f"jlebm: stopped after step {step}; jlebm train {run.path} --resume goes on" in first.stderr
+    assert second.stderr == ""
+    assert run.read_metrics()[-1]["step"] == step > 3
 
 
 def test_killing_a_rank_ends_the_others_and_loses_nothing(folder_of_shapes, tmp_path, jlebm):
