@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, dynamics, ops, precision, stepwise
+from .captured import capture_of
 from .checks import check_like, describe
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .explanation import explain
@@ -124,6 +125,7 @@ class FastLangevin:
         first_chain: int = 0,
         context: Tensor | None = None,
         y: Tensor | int | None = None,
+        capture: bool = True,
     ) -> Latents | tuple[Latents, LangevinInfo]:
         """Run the chain from z and return where it ends: same structure, device and dtype, detached, z untouched.
 
@@ -141,6 +143,8 @@ class FastLangevin:
             first_chain: index of this call's first chain in the noise field (one part of many chains)
             context: condition c of a conditional energy, [chains, context_dim]; passed to other callables as context=
             y: chosen logit, int or int64 [chains]; passed to other callables as y=
+            capture: on a CUDA device, where a step goes through autograd (a log_likelihood, an energy that is no MLP),
+                capture it once in a CUDA graph and replay it; False for callables that look at values on the host
 
         Returns:
             z, or (z, LangevinInfo) with return_info or return_trajectory.
@@ -171,6 +175,7 @@ class FastLangevin:
                 "first_chain": first_chain,
                 "context": context,
                 "y": y,
+                "capture": capture,
             }
             return in_graph.sample(self, z, options)
         with chain_mode(device_of(z)):
@@ -180,7 +185,7 @@ class FastLangevin:
             update = self._update(flat, layout, generator, noise, mask, noise_key, first_step, first_chain)
             ops.check_thin(thin)
             record = Record(return_info, return_trajectory, thin)
-            result = self._run(flat, layout, update, record, log_likelihood, context, y)
+            result = self._run(flat, layout, update, record, log_likelihood, context, y, capture)
             return self._answer(result, result.z if result.z is not flat else flat.clone(), layout, record)
 
     def _answer(
@@ -220,6 +225,7 @@ class FastLangevin:
         log_likelihood: Callable[[Latents], Tensor] | None,
         context: Tensor | None,
         y: Tensor | int | None,
+        capture: bool,
     ) -> ChainResult:
         """The chain on the flat tensor, where maximize has become a sign: f = sign · energy."""
         sign = 1.0 if self.maximize else -1.0
@@ -234,10 +240,16 @@ class FastLangevin:
             asked = precision.using(self.precision)
         with asked:
             if mlp is None:
-                return stepwise.any_energy_chain(flat, energy, likelihood, update, self.n_steps, record, self.backend)
+                return stepwise.any_energy_chain(
+                    flat, energy, likelihood, update, self.n_steps, record, self.backend,
+                    capture_of(flat, self.n_steps, capture),
+                )  # fmt: skip
             if likelihood is None:
                 return ops.mlp_langevin_chain(flat, mlp, update, self.n_steps, record, backend=self.backend)
-            return stepwise.posterior_chain(flat, mlp, likelihood, update, self.n_steps, record, self.backend)
+            return stepwise.posterior_chain(
+                flat, mlp, likelihood, update, self.n_steps, record, self.backend,
+                capture_of(flat, self.n_steps, capture),
+            )  # fmt: skip
 
     def _check_precision(self, flat: Tensor, spec: MLPSpec | None) -> None:
         """A precision other than torch's own can be had where the chosen backend multiplies the matrices itself."""

@@ -3,6 +3,7 @@
     any energy    per step: one forward and backward of the user's energy, then the fused `langevin_step`
     posterior     per step: the gradient of the log-likelihood, then `mlp_langevin_chain` with n_steps = 1
 
+On a GPU the step is captured once in a CUDA graph and replayed (`captured.py`).
 Both keep the meaning of `ChainResult` exactly, step for step.
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .captured import Capture, Step, captured_chain
 from .checks import describe
 from .latents import LatentLayout
 from .modes import chain_mode
@@ -94,18 +96,36 @@ class _Recorder:
         if record.trajectory:
             self.trajectory = z.new_empty(n_kept, chains, dim)
 
-    def keeps(self, step: int) -> bool:
-        return (step + 1) % self.record.thin == 0
-
-    def note_bad(self, step: int, bad: Tensor) -> None:
-        self.first_bad_step.masked_fill_(bad & (self.first_bad_step < 0), step)
-
-    def keep(self, step: int, z_new: Tensor, energy: Tensor, grad_norm: Tensor, displacement: Tensor) -> None:
+    def keep(self, step: int, one: ChainResult) -> None:
+        """Copies what step number `step` gave."""
+        if self.record.diagnostics:
+            self.first_bad_step.masked_fill_((one.first_bad_step >= 0) & (self.first_bad_step < 0), step)
+        if (step + 1) % self.record.thin:
+            return
         kept = (step + 1) // self.record.thin - 1
-        self.energy[kept], self.grad_norm[kept], self.displacement[kept] = energy, grad_norm, displacement
+        if self.record.diagnostics:
+            self.energy[kept], self.grad_norm[kept] = one.energy[0], one.grad_norm[0]
+            self.displacement[kept] = one.displacement[0]
+        if self.record.trajectory:
+            self.trajectory[kept] = one.z
 
     def result(self, z: Tensor) -> ChainResult:
         return ChainResult(z, self.energy, self.grad_norm, self.displacement, self.first_bad_step, self.trajectory)
+
+
+def _run(
+    z: Tensor, step: Step, update: Update, n_steps: int, record: Record, backend: str, capture: Capture | None
+) -> ChainResult:
+    """n_steps of `step`, one after the other or captured once and replayed."""
+    recorder = _Recorder(z, n_steps, record)
+    ops.check_update(update, z, n_steps)
+    if capture is not None:
+        return recorder.result(captured_chain(z, step, update, n_steps, recorder.keep, capture, backend))
+    for k in range(n_steps if z.shape[0] else 0):
+        one = step(z, update.at_step(k))
+        recorder.keep(k, one)
+        z = one.z
+    return recorder.result(z)
 
 
 def any_energy_chain(
@@ -116,41 +136,38 @@ def any_energy_chain(
     n_steps: int,
     record: Record,
     backend: str,
+    capture: Capture | None = None,
 ) -> ChainResult:
     """n_steps of gradient by autograd and fused step, for an energy that is no recognised MLP."""
-    recorder = _Recorder(z, n_steps, record)
-    ops.check_update(update, z, n_steps)
-    for step in range(n_steps if z.shape[0] else 0):
+
+    def step(z: Tensor, update: Update) -> ChainResult:
         value, grad = energy(z)
         extra_grad = None if likelihood is None else likelihood(z)
-        z_new = ops.langevin_step(z, grad, update.at_step(step)._replace(extra_grad=extra_grad), backend=backend)
-        if record.diagnostics:
-            recorder.note_bad(step, ~torch.isfinite(z_new).all(dim=1))
-            if recorder.keeps(step):
-                total = grad if extra_grad is None else grad + extra_grad
-                recorder.keep(step, z_new, value, total.norm(dim=1), (z_new - z).norm(dim=1))
-        if record.trajectory and recorder.keeps(step):
-            recorder.trajectory[(step + 1) // record.thin - 1] = z_new
-        z = z_new
-    return recorder.result(z)
+        moved = ops.langevin_step(z, grad, update._replace(extra_grad=extra_grad), backend=backend)
+        if not record.diagnostics:
+            return ChainResult(moved)
+        total = grad if extra_grad is None else grad + extra_grad
+        # 0 where this step left the chain not finite, else -1
+        first_bad_step = torch.isfinite(moved).all(dim=1).to(torch.int64).neg()
+        return ChainResult(moved, value[None], total.norm(dim=1)[None], (moved - z).norm(dim=1)[None], first_bad_step)
+
+    return _run(z, step, update, n_steps, record, backend, capture)
 
 
 def posterior_chain(
-    z: Tensor, mlp: MLP, likelihood: Likelihood, update: Update, n_steps: int, record: Record, backend: str
+    z: Tensor,
+    mlp: MLP,
+    likelihood: Likelihood,
+    update: Update,
+    n_steps: int,
+    record: Record,
+    backend: str,
+    capture: Capture | None = None,
 ) -> ChainResult:
     """n_steps with the MLP's fused gradient and a log-likelihood's gradient from autograd."""
-    recorder = _Recorder(z, n_steps, record)
-    ops.check_update(update, z, n_steps)
-    for step in range(n_steps if z.shape[0] else 0):
-        keep = Record(diagnostics=record.diagnostics)
-        one = ops.mlp_langevin_chain(
-            z, mlp, update.at_step(step)._replace(extra_grad=likelihood(z)), 1, keep, backend=backend
-        )
-        if record.diagnostics:
-            recorder.note_bad(step, one.first_bad_step >= 0)
-            if recorder.keeps(step):
-                recorder.keep(step, one.z, one.energy[0], one.grad_norm[0], one.displacement[0])
-        if record.trajectory and recorder.keeps(step):
-            recorder.trajectory[(step + 1) // record.thin - 1] = one.z
-        z = one.z
-    return recorder.result(z)
+    one_step = Record(diagnostics=record.diagnostics)
+
+    def step(z: Tensor, update: Update) -> ChainResult:
+        return ops.mlp_langevin_chain(z, mlp, update._replace(extra_grad=likelihood(z)), 1, one_step, backend=backend)
+
+    return _run(z, step, update, n_steps, record, backend, capture)

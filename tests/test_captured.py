@@ -1,0 +1,117 @@
+"""A captured step: with a stand-in for the CUDA graph whose replay runs the step's function on the same memory."""
+
+import pytest
+import torch
+from torch import nn
+
+import jlebm_fast as jf
+from jlebm_fast import sampler as sampler_module
+from jlebm_fast.captured import CudaCapture, can_capture
+
+
+class Replayed:
+    """Keeps the rules of torch.cuda.graph: recording computes nothing yet, a replay writes where the step wrote."""
+
+    def __init__(self):
+        self.calls = []
+
+    def first(self, run):
+        self.calls.append("first")
+        run()
+
+    def record(self, run):
+        self.calls.append("record")
+
+        def replay():
+            self.calls.append("replay")
+            run()
+
+        return replay
+
+
+def normal(*shape, seed=101):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    replayed = Replayed()
+    wanted = lambda z, n_steps, wanted: replayed if wanted and n_steps >= 3 else None  # noqa: E731
+    monkeypatch.setattr(sampler_module, "capture_of", wanted)
+    return replayed
+
+
+class Decoder(nn.Module):
+    """A decoder with a running mean: it must see every step exactly once."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.GELU(), nn.Linear(12, 5))
+
+    def forward(self, z):
+        return self.net(z)
+
+
+@pytest.mark.parametrize("recognised", [True, False])
+@pytest.mark.parametrize("noise", ["key", "given"])
+@pytest.mark.parametrize("n_steps", [3, 8])
+def test_a_captured_chain_is_the_chain(backend, capture, recognised, noise, n_steps):
+    torch.manual_seed(1)
+    f = jf.EnergyMLP(6, 12, 2, activation="gelu", spectral_norm=True).to(backend.device)
+    decoders = [Decoder().to(backend.device) for _ in range(2)]
+    decoders[1].load_state_dict(decoders[0].state_dict())
+    target, z = normal(9, 5).to(backend.device), normal(9, 6, seed=102).to(backend.device)
+    steps = [0.1 + 0.01 * k for k in range(n_steps)]
+    prior = jf.FastLangevin(
+        f if recognised else (lambda z: f(z)), n_steps=n_steps, step_size=steps, backend=backend.name
+    )
+    options = {"return_info": True, "return_trajectory": True, "thin": 2, "first_step": 4, "first_chain": 3}
+    options |= {"noise_key": 2**63 + 7} if noise == "key" else {"noise": normal(n_steps, 9, 6).to(backend.device)}
+    results = []
+    for captured, decoder in zip((False, True), decoders, strict=True):
+        f.eval()
+        results.append(
+            prior.sample(
+                z,
+                log_likelihood=lambda z, d=decoder: -((d(z) - target) ** 2).sum(),
+                capture=captured,
+                **options,
+            )
+        )
+        assert capture.calls == ([] if not captured else ["first", "record", *["replay"] * (n_steps - 1)])
+    (end, info), (captured_end, captured_info) = results
+    torch.testing.assert_close(captured_end, end, rtol=0, atol=1e-6)
+    for name in info._fields:
+        torch.testing.assert_close(getattr(captured_info, name), getattr(info, name), rtol=1e-5, atol=1e-6)
+    for a, b in zip(decoders[0].buffers(), decoders[1].buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_input_is_untouched_and_bad_steps_are_named(capture):
+    z = normal(9, 6)
+    before = z.clone()
+    noise = normal(6, 9, 6)
+    noise[3, 2, 1] = float("inf")
+    prior = jf.FastLangevin(lambda z: -(z**4).sum(1), n_steps=6, step_size=0.1)
+    end, info = prior.sample(z, noise=noise, return_info=True)
+    assert torch.equal(z, before)
+    assert end.data_ptr() != z.data_ptr()
+    assert info.first_bad_step.tolist() == [-1, -1, 3] + [-1] * 6
+    assert capture.calls[:2] == ["first", "record"]
+
+
+def test_only_on_a_cuda_device_and_for_chains_worth_it():
+    assert not can_capture(torch.zeros(3, 4), 60)
+    assert not can_capture(torch.zeros(0, 4), 60)
+
+
+def test_a_step_that_cannot_be_captured_names_the_remedy(monkeypatch):
+    class Refused:
+        def __init__(self, *_, **__):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Refused)
+    with pytest.raises(RuntimeError, match=r"not permitted .*pass capture=False"):
+        CudaCapture(torch.device("cuda")).record(lambda: None)
