@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jlebm_fast.experiments.command import Reproduce
+
 from .errors import RunError
 from .options import TrainOptions
 from .run_folder import RunFolder
@@ -62,13 +64,16 @@ class Sample:
     """Folder for samples.npz and samples.png; by default RUN/samples."""
     png_files: bool = False
     """Also write one PNG file per sample."""
+    chain_steps: int = 0
+    """Langevin steps of the prior chain; 0 for as many as in training. Runs with --chains persistent want more."""
     device: Device = "auto"
     """auto takes a GPU if there is one."""
 
     def execute(self) -> int:
         from .samples import sample_run
 
-        out = sample_run(self.run, self.n, seed=self.seed, out=self.out, png_files=self.png_files, device=self.device)
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        out = sample_run(**options)
         _print_paths([out / "samples.npz", out / "samples.png"])
         return 0
 
@@ -172,6 +177,7 @@ COMMANDS = {
     "sample": Sample,
     "figures": Figures,
     "evaluate": Evaluate,
+    "reproduce": Reproduce,
     "bench": Bench,
     "verify": Verify,
     "info": Info,

@@ -23,6 +23,7 @@ def sample_run(
     seed: int = 0,
     out: pathlib.Path | None = None,
     png_files: bool = False,
+    chain_steps: int = 0,
     device: str = "auto",
 ) -> pathlib.Path:
     """Draws `n` images from a run's prior and writes samples.npz, a preview samples.png and, on wish, a PNG per image.
@@ -35,6 +36,7 @@ def sample_run(
         n: samples to draw, in one chain call.
         seed: same seed, same samples.
         out: folder to write to; None is RUN/samples.
+        chain_steps: Langevin steps of the prior chain, where there is one; 0 for as many as in training.
         png_files: also write 000000.png, 000001.png, … into the folder png/, for tools that read folders.
 
     Returns:
@@ -45,10 +47,14 @@ def sample_run(
     """
     if n < 1:
         raise RunError(f"-n must be a positive number of samples, got {n}")
+    if chain_steps < 0:
+        raise RunError(f"--chain-steps must be positive, or 0 for as many as in training, got {chain_steps}")
     folder, _, model = open_run(run, device)
+    if chain_steps and not model.has_prior_chain:
+        raise RunError(f'--chain-steps does nothing here: the prior of the run in "{folder.path}" has no chain')
     out = folder.samples if out is None else pathlib.Path(out)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    zs = model.sample_prior(n, generator)
+    zs = model.sample_prior(n, generator, chain_steps or None)
     pixels = to_pixels(model.decode(zs))
     images = pixels.permute(0, 2, 3, 1).numpy()
     images = images[..., 0] if images.shape[-1] == 1 else images

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -130,6 +131,17 @@ def test_wrong_input_is_one_sentence(run, quick, tmp_path, jlebm):
         said = jlebm("evaluate", run.path, *more)
         assert said.returncode == 1
         assert words in said.stderr
+
+
+def test_longer_chains_can_be_asked_for(run, jlebm, tmp_path):
+    for steps in (0, 50):
+        assert (
+            jlebm("sample", run.path, "-n", 5, "--chain-steps", steps, "--out", tmp_path / str(steps)).returncode == 0
+        )
+    short, long = (np.load(tmp_path / name / "samples.npz")["z"] for name in ("0", "50"))
+    assert not np.array_equal(short, long)
+    refused = jlebm("sample", run.path, "--chain-steps", "-1")
+    assert (refused.returncode, "--chain-steps must be positive" in refused.stderr) == (1, True)
 
 
 def test_a_gaussian_prior_has_no_chain_to_measure(quick, folder_of_shapes, tmp_path):
