@@ -66,19 +66,26 @@ JLEBM_DEVICE ValueSlope tanh_slope(float a) {
 
 JLEBM_DEVICE float softplus(float a) { return at_least(a, 0.0f) + log1p_unit(exp_few_ulp(-fabsf(a))); }
 
-// Exact-erf GELU: h = a Phi(a), d = Phi(a) + a pdf(a). With t = |a|, E = exp(-t^2 / 2), q = 1 / (1 + 0.32 t):
-// Phi(-t) = E P(q) (the form of Abramowitz and Stegun 7.1.26, coefficients fitted for cpu/activation_lanes.h); both
-// signs of a then need no branch.
+// Exact-erf GELU: h = a Phi(a), d = Phi(a) + a pdf(a). With t = |a|, E = exp(-t^2 / 2), q = 1 / (1 + p t):
+// Phi(-t) = E P(q); both signs of a then need no branch.
+//     float32, tf32   the form of Abramowitz and Stegun 7.1.26, coefficients fitted for cpu/activation_lanes.h
+//     bf16            Abramowitz and Stegun 7.1.25, |error| of Phi below 1.3e-5, where h is rounded to 8 bits anyway
+template <bool kShort>
 JLEBM_DEVICE ValueSlope gelu_slope(float a) {
     const float t = fabsf(a);
-    const float e = exp_few_ulp(t * t * -0.5f);
-    const float q = reciprocal_few_ulp(fma_rn(t, 0.32f, 1.0f));
-    float p = -0.12887254357337952f;
-    p = fma_rn(p, q, 0.49190276861190796f);
-    p = fma_rn(p, q, -0.259475439786911f);
-    p = fma_rn(p, q, 0.31022900342941284f);
-    p = fma_rn(p, q, 0.08140818029642105f);
-    p = fma_rn(p, q, 0.004808004945516586f);
+    const float e = exp2_few_ulp(t * -0.7213475204444817f * t);
+    const float q = reciprocal_few_ulp(fma_rn(t, kShort ? 0.33267253f : 0.32f, 1.0f));
+    float p;
+    if constexpr (kShort) {
+        p = fma_rn(fma_rn(0.3739278f, q, -0.0479399f), q, 0.1740121f) * q;
+    } else {
+        p = -0.12887254357337952f;
+        p = fma_rn(p, q, 0.49190276861190796f);
+        p = fma_rn(p, q, -0.259475439786911f);
+        p = fma_rn(p, q, 0.31022900342941284f);
+        p = fma_rn(p, q, 0.08140818029642105f);
+        p = fma_rn(p, q, 0.004808004945516586f);
+    }
     const float tail = p * e; // Phi(-t)
     const float h = fma_rn(-t, tail, at_least(a, 0.0f));
     const float g = fma_rn(t * e, 0.3989422804014327f, -tail) + 0.5f; // t pdf(t) - Phi(-t) + 1/2

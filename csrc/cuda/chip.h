@@ -156,6 +156,11 @@ JLEBM_DEVICE float exp_few_ulp(float v) {
     // at +-inf the rest is NaN; the power is right as it is where it is 0 or inf
     return (power > 0.0f && power < INFINITY) ? __fmaf_rn(power, rest * 0.693147182f, power) : power;
 }
+JLEBM_DEVICE float exp2_few_ulp(float v) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));
+    return power;
+}
 JLEBM_DEVICE float reciprocal_few_ulp(float v) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));

@@ -25,7 +25,8 @@ public:
           // Items are dealt from the last thread on: the first warps have the larger share of the gradient's row tiles
           // and are the last to finish them.
           first_item_(threads_ - 1 - thread_),
-          key_(call.update.noise_key_at ? *call.update.noise_key_at : call.update.noise_key) {}
+          key_(call.update.noise_key_at ? *call.update.noise_key_at : call.update.noise_key),
+          until_kept_(call.record.thin) {}
 
     JLEBM_DEVICE void run() {
         load();
@@ -115,8 +116,10 @@ private:
         const float* c = call_.update.step_coefficients + 3 * step;
         const Coefficients coefficients{load_readonly(c), load_readonly(c + 1), load_readonly(c + 2)};
         const bool noisy = coefficients.noise != 0.0f;
-        const bool kept = (step + 1) % record.thin == 0;
-        const int64_t kept_index = (step + 1) / record.thin - 1;
+        // counted, since a 64-bit division takes as long as the noise
+        const bool kept = --until_kept_ == 0;
+        const int64_t kept_index = kept_index_;
+        if (kept) until_kept_ = record.thin, ++kept_index_;
         const bool diagnostics = record.grad_norm || record.displacement || record.first_bad_step;
         float* trajectory = kept && record.trajectory ? record.trajectory + kept_index * call_.chains * dim_ : nullptr;
 
@@ -216,7 +219,7 @@ private:
 
     const int dim_, n_items_, first_item_;
     const uint64_t key_;
-    int64_t first_bad_ = -1;
+    int64_t first_bad_ = -1, until_kept_, kept_index_ = 0;
 };
 
 } // namespace cuda

@@ -43,28 +43,24 @@ public:
 
     // f into `energy` of thread c for chain c where logits are computed; grad f into grad_at()
     JLEBM_DEVICE void energy_and_grad(float& energy) {
+        // one call of forward and one of backward, since each is inlined
         const int n = mlp_.n_hidden;
-        for (int l = 0; l < n; ++l) {
+#pragma unroll 1
+        for (int l = 0; l < n + (plan_.logits ? 1 : 0); ++l) {
             forward(l);
-            sync(After::kForward);
-            if (call_.hidden[l]) copy_operand(call_.hidden[l], l + 1);
+            sync(l < n ? After::kForward : After::kLogits);
+            if (l < n && call_.hidden[l]) copy_operand(call_.hidden[l], l + 1);
         }
         if (plan_.logits) {
-            forward(n);
-            sync(After::kLogits);
             if (thread_ < kChains) energy = head(thread_);
-            if (call_.general_head) {
-                sync(After::kHead);
-                backward(n);
-            } else {
-                top_delta();
-            }
-            sync(After::kTop);
+            if (!call_.general_head) top_delta();
+            sync(call_.general_head ? After::kHead : After::kTop);
         }
-        for (int l = n - 1; l >= 0; --l) {
-            if (call_.delta[l]) copy_operand(call_.delta[l], l + 1);
+#pragma unroll 1
+        for (int l = call_.general_head ? n : n - 1; l >= 0; --l) {
+            if (l < n && call_.delta[l]) copy_operand(call_.delta[l], l + 1);
             backward(l);
-            if (l > 0) sync(After::kBackward);
+            if (l > 0) sync(l == n ? After::kTop : After::kBackward);
         }
     }
 
@@ -178,7 +174,7 @@ private:
         } else if (kind == Activation::kGelu) {
 #pragma unroll
             for (int n = 0; n < kChainTiles; ++n) {
-                for (int i = 0; i < 4; ++i) v[i] = gelu_slope(a[n][i]);
+                for (int i = 0; i < 4; ++i) v[i] = gelu_slope<kPrecision == kBf16>(a[n][i]);
                 store_activated(v, layer, tile, n);
             }
         } else {

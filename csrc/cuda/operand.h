@@ -135,66 +135,130 @@ private:
     const unsigned char* at_[2];
 };
 
-// acc[m][n] += A_m B over k_steps; `weights.next()` gives the fragment of the next row tile, step after step. `count`
-// row tiles are real, the same for the whole warp.
+// acc[m][n] += A_m B over the contraction, for the first kCount row tiles.
+template <int kPrecision, bool kForward, int kCount, int kRowTiles, int kChainTiles, class Weights>
+class RowProducts {
+public:
+    using Chains = ChainOperands<kPrecision, kChainTiles, kForward>;
+    // Few products do not hide the loads of their own step, so those of the next step are under way before them. Many
+    // do, with a second warp beside them, and have no registers for two steps.
+    static constexpr bool kLoadsAhead = kCount * kChainTiles <= 4;
+
+    JLEBM_DEVICE static void run(float (&acc)[kRowTiles][kChainTiles][4], Weights& weights, Chains chains,
+                                 int k_steps) {
+        Small small = {};
+        if constexpr (kLoadsAhead) {
+            Step one, other;
+            load(one, weights, chains);
+#pragma unroll 1
+            while (true) {
+                if (k_steps > 1) load(other, weights, chains);
+                products(acc, small, one);
+                if (--k_steps == 0) break;
+                if (k_steps > 1) load(one, weights, chains);
+                products(acc, small, other);
+                if (--k_steps == 0) break;
+            }
+        } else {
+#pragma unroll 1
+            for (; k_steps > 0; --k_steps) {
+                uint32_t b[kChainTiles][2];
+                chains.load(b);
+                const Chained operands(b);
+#pragma unroll
+                for (int m = 0; m < kCount; ++m)
+                    products(acc[m], small[kPrecision == kFp32 ? m : 0], weights.next(m), operands);
+                weights.step();
+            }
+        }
+        if constexpr (kPrecision == kFp32) {
+#pragma unroll
+            for (int m = 0; m < kCount; ++m)
+                for (int n = 0; n < kChainTiles; ++n)
+                    for (int i = 0; i < 4; ++i) acc[m][n][i] = add_rn(acc[m][n][i], small[m][n][i]);
+        }
+    }
+
+private:
+    using Small = float[kPrecision == kFp32 ? kCount : 1][kChainTiles][4]; // hi lo + lo hi
+
+    struct Step {
+        uint32_t b[kChainTiles][2];
+        Fragment a[kCount];
+    };
+
+    JLEBM_DEVICE static void load(Step& step, Weights& weights, Chains& chains) {
+        chains.load(step.b);
+#pragma unroll
+        for (int m = 0; m < kCount; ++m) step.a[m] = weights.next(m);
+        weights.step();
+    }
+
+    // the chains' side of a step, split for fp32
+    struct Chained {
+        JLEBM_DEVICE explicit Chained(const uint32_t (&b)[kChainTiles][2]) {
+#pragma unroll
+            for (int n = 0; n < kChainTiles; ++n)
+                for (int i = 0; i < 2; ++i) {
+                    hi[n][i] = b[n][i];
+                    if constexpr (kPrecision == kFp32) split_tf32(b[n][i], hi[n][i], lo[n][i]);
+                }
+        }
+        uint32_t hi[kChainTiles][2], lo[kPrecision == kFp32 ? kChainTiles : 1][2];
+    };
+
+    JLEBM_DEVICE static void products(float (&acc)[kRowTiles][kChainTiles][4], Small& small, const Step& step) {
+        const Chained chained(step.b);
+#pragma unroll
+        for (int m = 0; m < kCount; ++m) products(acc[m], small[kPrecision == kFp32 ? m : 0], step.a[m], chained);
+    }
+
+    JLEBM_DEVICE static void products(float (&acc)[kChainTiles][4], float (&small)[kChainTiles][4], const Fragment& a,
+                                      const Chained& b) {
+        if constexpr (kPrecision == kFp32) {
+            uint32_t a_hi[4], a_lo[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) split_tf32(a.r[i], a_hi[i], a_lo[i]);
+#pragma unroll
+            for (int n = 0; n < kChainTiles; ++n) {
+                // The tensor core cuts its sums off instead of rounding them; so the sum over k, where that would add
+                // up, is made of rounded additions.
+                float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                mma_m16n8k8_tf32(part, a_hi, b.hi[n]);
+                mma_m16n8k8_tf32(small[n], a_hi, b.lo[n]);
+                mma_m16n8k8_tf32(small[n], a_lo, b.hi[n]);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) acc[n][i] = add_rn(acc[n][i], part[i]);
+            }
+        } else {
+            (void)small;
+#pragma unroll
+            for (int n = 0; n < kChainTiles; ++n) {
+                if constexpr (kPrecision == kBf16)
+                    mma_m16n8k16_bf16(acc[n], a.r, b.hi[n]);
+                else
+                    mma_m16n8k8_tf32(acc[n], a.r, b.hi[n]);
+            }
+        }
+    }
+};
+
+// the same for a number of row tiles known at run time, equal for the whole warp: one copy of the code for each number,
+// since a branch between two tiles would keep the second one's load from overtaking the first one's products
 template <int kPrecision, bool kForward, int kRowTiles, int kChainTiles, class Weights>
 JLEBM_DEVICE void multiply(float (&acc)[kRowTiles][kChainTiles][4], Weights& weights, int count,
-                           ChainOperands<kPrecision, kChainTiles, kForward> chains, int k_steps) {
-    if constexpr (kPrecision == kFp32) {
-        float small[kRowTiles][kChainTiles][4] = {}; // hi lo + lo hi
-#pragma unroll 1
-        for (int k = 0; k < k_steps; ++k) {
-            uint32_t b[kChainTiles][2], b_hi[kChainTiles][2], b_lo[kChainTiles][2];
-            chains.load(b);
-#pragma unroll
-            for (int n = 0; n < kChainTiles; ++n)
-                for (int i = 0; i < 2; ++i) split_tf32(b[n][i], b_hi[n][i], b_lo[n][i]);
-#pragma unroll
-            for (int m = 0; m < kRowTiles; ++m) {
-                if (m >= count) break;
-                const Fragment a = weights.next(m);
-                uint32_t a_hi[4], a_lo[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) split_tf32(a.r[i], a_hi[i], a_lo[i]);
-#pragma unroll
-                for (int n = 0; n < kChainTiles; ++n) {
-                    mma_m16n8k8_tf32(small[m][n], a_hi, b_lo[n]);
-                    mma_m16n8k8_tf32(small[m][n], a_lo, b_hi[n]);
-                    // The tensor core cuts its sums off instead of rounding them; so the sum over k, where that would
-                    // add up, is made of rounded additions.
-                    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                    mma_m16n8k8_tf32(part, a_hi, b_hi[n]);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) acc[m][n][i] = add_rn(acc[m][n][i], part[i]);
-                }
-            }
-            weights.step();
-        }
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m)
-            for (int n = 0; n < kChainTiles; ++n)
-                for (int i = 0; i < 4; ++i) acc[m][n][i] = add_rn(acc[m][n][i], small[m][n][i]);
-    } else {
-// two steps at a time, so that the loads of one wait behind the products of the other; tf32 in 4 x 4 tiles has no
-// registers for it
-#pragma unroll(kPrecision == kTf32 && kRowTiles * kChainTiles > 8 ? 1 : 2)
-        for (int k = 0; k < k_steps; ++k) {
-            uint32_t b[kChainTiles][2];
-            chains.load(b);
-#pragma unroll
-            for (int m = 0; m < kRowTiles; ++m) {
-                if (m >= count) break;
-                const Fragment a = weights.next(m);
-#pragma unroll
-                for (int n = 0; n < kChainTiles; ++n) {
-                    if constexpr (kPrecision == kBf16)
-                        mma_m16n8k16_bf16(acc[m][n], a.r, b[n]);
-                    else
-                        mma_m16n8k8_tf32(acc[m][n], a.r, b[n]);
-                }
-            }
-            weights.step();
-        }
+                           const ChainOperands<kPrecision, kChainTiles, kForward>& chains, int k_steps) {
+    static_assert(kRowTiles == 2 || kRowTiles == 4, "one case for each number of row tiles");
+    if (count == kRowTiles)
+        RowProducts<kPrecision, kForward, kRowTiles, kRowTiles, kChainTiles, Weights>::run(acc, weights, chains,
+                                                                                           k_steps);
+    else if (count == 1)
+        RowProducts<kPrecision, kForward, 1, kRowTiles, kChainTiles, Weights>::run(acc, weights, chains, k_steps);
+    else if constexpr (kRowTiles == 4) {
+        if (count == 2)
+            RowProducts<kPrecision, kForward, 2, kRowTiles, kChainTiles, Weights>::run(acc, weights, chains, k_steps);
+        else
+            RowProducts<kPrecision, kForward, 3, kRowTiles, kChainTiles, Weights>::run(acc, weights, chains, k_steps);
     }
 }
 

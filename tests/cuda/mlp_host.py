@@ -7,6 +7,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import itertools
 import math
 import os
 import shutil
@@ -105,7 +106,7 @@ def make_mlp(
 
     return MLP(
         spec,
-        tuple(1.3 * normal(b, a) / math.sqrt(a) for a, b in zip(widths, widths[1:])),
+        tuple(1.3 * normal(b, a) / math.sqrt(a) for a, b in itertools.pairwise(widths)),
         tuple(0.3 * normal(b) if bias else None for b in widths[1:]),
         0.5 * normal(chains, widths[1]) if context else None,
         torch.randint(0, widths[-1], (chains,), generator=generator) if head == "logit" else None,
@@ -164,7 +165,8 @@ def rms(a: Tensor, b: Tensor) -> float:
 
 
 def assert_as_good_as_torch(got: Tensor, plain: Tensor, oracle: Tensor, what: str) -> None:
-    assert got.shape == oracle.shape and torch.isfinite(got).all(), what
+    assert got.shape == oracle.shape, what
+    assert torch.isfinite(got).all(), what
     error, allowed = rms(got, oracle), 2 * rms(plain, oracle) + 1e-6
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 

@@ -47,10 +47,10 @@ def test_activation(host, activation, precision):
 
 
 @pytest.mark.parametrize(
-    "head, n_logits",
+    ("head", "n_logits"),
     [("identity", 1), ("tanh", 1), ("sigmoid", 1), ("softplus", 1), ("logsumexp", 5), ("logsumexp", 20), ("logit", 17)],
 )
-@pytest.mark.parametrize("precision, resident", [("fp32", 1), ("tf32", 0), ("bf16", 1), ("bf16", 0)])
+@pytest.mark.parametrize(("precision", "resident"), [("fp32", 1), ("tf32", 0), ("bf16", 1), ("bf16", 0)])
 def test_head(host, head, n_logits, precision, resident):
     mlp = make_mlp([10, 24, 40, n_logits], "gelu", head=head, out_scale=-0.7, chains=9, seed=3)
     z = torch.randn(9, 10, generator=torch.Generator().manual_seed(4))
@@ -78,7 +78,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("widths, activations, chains, precision, plan, context", SHAPES)
+@pytest.mark.parametrize(("widths", "activations", "chains", "precision", "plan", "context"), SHAPES)
 def test_shape(host, widths, activations, chains, precision, plan, context):
     head = "identity" if widths[-1] == 1 else "logsumexp"
     mlp = make_mlp(widths, activations, head=head, chains=chains, context=context, bias=chains != 8, seed=len(widths))
@@ -112,14 +112,17 @@ def test_nan_stays_in_its_chain(host, precision, plan):
     energy, grad, _, _ = host.run_energy_grad(z, mlp, precision, plan=plan)
     bad = torch.zeros(21, dtype=torch.bool)
     bad[3] = bad[17] = True
-    assert not energy[bad].isfinite().any() and not grad[bad].isfinite().all(dim=1).any()
-    assert torch.equal(energy[~bad], clean[0][~bad]) and torch.equal(grad[~bad], clean[1][~bad])
+    assert not energy[bad].isfinite().any()
+    assert not grad[bad].isfinite().all(dim=1).any()
+    assert torch.equal(energy[~bad], clean[0][~bad])
+    assert torch.equal(grad[~bad], clean[1][~bad])
 
 
 def test_no_chains(host):
     mlp = make_mlp([3, 4, 1], "tanh")
     energy, grad, _, _ = host.run_energy_grad(torch.empty(0, 3), mlp, "fp32")
-    assert energy.shape == (0,) and grad.shape == (0, 3)
+    assert energy.shape == (0,)
+    assert grad.shape == (0, 3)
 
 
 def test_matrix_loads_have_no_bank_conflicts(host):
@@ -129,4 +132,5 @@ def test_matrix_loads_have_no_bank_conflicts(host):
             host.module.statistics()
             host.run_energy_grad(torch.randn(32, widths[0]), mlp, "bf16", plan=plan)
             counted = host.module.statistics()
-            assert counted["ldmatrix"] > 0 and counted["wavefronts"] == counted["ldmatrix"]
+            assert counted["ldmatrix"] > 0
+            assert counted["wavefronts"] == counted["ldmatrix"]

@@ -66,7 +66,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("widths, activations, chains, precision, plan", SHAPES)
+@pytest.mark.parametrize(("widths", "activations", "chains", "precision", "plan"), SHAPES)
 def test_shape(host, widths, activations, chains, precision, plan):
     head = "identity" if widths[-1] == 1 else "logsumexp"
     mlp = make_mlp(widths, activations, head=head, chains=chains, seed=11)
@@ -189,14 +189,17 @@ def test_nan_stays_in_its_chain_and_is_dated(host, plan):
     noise[0, 4, 7], noise[3, 11, 0] = math.nan, math.inf
     got = host.run_chain(z, mlp, update._replace(noise=noise), 5, "bf16", record, plan=plan)
     bad = torch.tensor([chain in (4, 11) for chain in range(20)])
-    assert got.first_bad_step[4] == 0 and got.first_bad_step[11] == 3 and (got.first_bad_step[~bad] == -1).all()
-    assert torch.equal(got.z[~bad], clean.z[~bad]) and not got.z[bad].isfinite().all(dim=1).any()
+    assert got.first_bad_step[4] == 0
+    assert got.first_bad_step[11] == 3
+    assert (got.first_bad_step[~bad] == -1).all()
+    assert torch.equal(got.z[~bad], clean.z[~bad])
+    assert not got.z[bad].isfinite().all(dim=1).any()
     assert torch.equal(got.energy[:, ~bad], clean.energy[:, ~bad])
 
 
 # barrier (`After` of mlp_layers.h), head
 @pytest.mark.parametrize(
-    "barrier, head",
+    ("barrier", "head"),
     [
         (1, "identity"),
         (2, "identity"),
@@ -208,8 +211,17 @@ def test_nan_stays_in_its_chain_and_is_dated(host, plan):
         (7, "identity"),
         (8, "identity"),
     ],
-    ids="after-forward after-logits after-head after-top after-top-plain after-backward after-grad after-update "
-    "after-diagnostics".split(),
+    ids=[
+        "after-forward",
+        "after-logits",
+        "after-head",
+        "after-top",
+        "after-top-plain",
+        "after-backward",
+        "after-grad",
+        "after-update",
+        "after-diagnostics",
+    ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_missing_barrier_is_caught(host, precision, barrier, head):
@@ -234,7 +246,7 @@ def test_a_missing_barrier_is_caught(host, precision, barrier, head):
 
 
 @pytest.mark.parametrize(
-    "widths, activation, precision, shared, resident",
+    ("widths", "activation", "precision", "shared", "resident"),
     [
         ([16, 50, 50, 50, 50, 1], "leaky_relu", "fp32", mlp_host.CONSUMER_SHARED, True),
         ([50, 100, 100, 1], "leaky_relu", "fp32", mlp_host.CONSUMER_SHARED, True),
@@ -248,8 +260,11 @@ def test_a_missing_barrier_is_caught(host, precision, barrier, head):
 )
 def test_regime_of_the_published_sizes(host, widths, activation, precision, shared, resident):
     plan = host.plan(make_mlp(widths, activation), 100, precision, shared=shared)
-    assert plan["found"] and plan["resident"] == resident and plan["shared_bytes"] <= shared
-    assert plan["chains"] == 8 and plan["warps"] >= 4
+    assert plan["found"]
+    assert plan["resident"] == resident
+    assert plan["shared_bytes"] <= shared
+    assert plan["chains"] == 8
+    assert plan["warps"] >= 4
     assert (plan["stream_bytes"] > 0) != resident
     assert host.plan(make_mlp(widths, activation), 1_000_000, precision, shared=shared)["chains"] >= 8
 
@@ -257,7 +272,10 @@ def test_regime_of_the_published_sizes(host, widths, activation, precision, shar
 def test_reasons(host):
     assert host.unsupported_reason(make_mlp([100, 1024, 1024, 1], "gelu"), "fp32", mlp_host.H100_SHARED) == ""
     reason = host.unsupported_reason(make_mlp([100, 4096, 4096, 1], "gelu"), "fp32", mlp_host.H100_SHARED)
-    assert "the widest of 4096" in reason and "232448" in reason and "bf16" in reason and "eager" in reason
+    assert "the widest of 4096" in reason
+    assert "232448" in reason
+    assert "bf16" in reason
+    assert "eager" in reason
     with pytest.raises(ValueError, match="bytes of shared memory"):
         host.run_chain(
             torch.zeros(1, 8), make_mlp([8, 4096, 1], "relu"), normal_update(8, 1), 1, "fp32", shared=100_000
@@ -298,4 +316,5 @@ def test_under_the_address_and_undefined_behaviour_sanitizers():
     done = subprocess.run(
         [sys.executable, "-c", SANITIZED.format(module=str(module))], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0 and done.stdout.strip() == "clean", done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.strip() == "clean"

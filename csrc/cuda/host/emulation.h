@@ -142,6 +142,7 @@ inline float sub_rn(float a, float b) { return a - b; }
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float sqrt_rn(float a) { return std::sqrt(a); }
 inline float exp_few_ulp(float v) { return std::exp(v); }
+inline float exp2_few_ulp(float v) { return std::exp2(v); }
 inline float reciprocal_few_ulp(float v) { return 1.0f / v; }
 
 template <class T>
