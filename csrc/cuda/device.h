@@ -32,7 +32,8 @@
 //   rounding   to_tf32(float) -> bits, nearest (ties away); to_bf16(float) -> bits, nearest even;
 //              pack_bf16(low, high) -> two of them; from_bf16(bits); float_bits(v), bits_float(bits)
 //              mul_rn, add_rn, sub_rn, fma_rn, sqrt_rn: IEEE, never contracted
-//   fast       exp_few_ulp(float), exp2_few_ulp(float), reciprocal_few_ulp(float): relative error below 4e-7 where the result is normal;
+//   fast       exp_few_ulp(float), exp2_few_ulp(float), reciprocal_few_ulp(float): relative error below 4e-7 where the
+//              result is normal;
 //              expf, tanhf, erff, log1pf … are those of either C++ library
 //   memory     load_readonly(ptr) for what no thread of the kernel writes; float2, float4, make_float2, make_float4;
 //              atomic_add(ptr, v) -> old (float, int32, uint32, uint64), atomic_min, atomic_max (int32, uint32, int64),
