@@ -158,3 +158,12 @@ def test_wrong_options_are_one_sentence(options, tmp_path, changes, words):
 def test_the_end_of_a_cosine_cannot_move(options):
     assert "steps" in options().resumable_changes()
     assert "steps" not in options(lr_schedule="cosine").resumable_changes()
+
+
+@pytest.mark.parametrize("model", ["lebm", "cg_ebm"])
+def test_persistent_chains_serve_every_model_with_a_prior_chain(folder_of_shapes, tmp_path, model):
+    changes = {"chains": "persistent", "replay_batches": 2, "posterior_steps": 2, "model": model, "steps": 5}
+    options = dataclasses.replace(SMALL, data=str(folder_of_shapes), **changes)
+    replay = load_checkpoint(train(tmp_path / "run", options).checkpoint)["replay"]
+    assert replay.shape == (2, 8, 5)
+    assert torch.isfinite(replay).all()
