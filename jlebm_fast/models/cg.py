@@ -18,7 +18,8 @@ class ConditionalVAE(LatentModel):
         p(z) = N(z_L; 0, I) Π N(z_i; μ_i(z_{i+1}), V_i(z_{i+1})),    x ~ N(g(z), σ² I),    q(z|x) = Π q(z_i|x)
         minimise  E_q ‖x − g(z)‖²/(2σ²) + KL(q(z_L|x) ‖ N(0, I)) + Σ_i E_q KL(q(z_i|x) ‖ p(z_i|z_{i+1}))
 
-    Each KL is closed given a sample of the layer above.
+    Each KL is closed given a sample of the layer above. g reads every layer, so that the generator is the same in all
+    models; published hierarchies of this kind often let the image depend on z_1 alone.
 
     Example:
         >>> model = ConditionalVAE(ModelConfig(latent_dims=(2, 3), width=8, prior="gaussian"), 16, 1)

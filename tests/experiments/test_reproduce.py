@@ -23,6 +23,7 @@ from jlebm_fast.models import MODELS
 from jlebm_fast.training import figures
 from jlebm_fast.training.checkpoints import load_checkpoint
 from jlebm_fast.training.errors import RunError
+from jlebm_fast.training.trainer import Trainer
 from jlebm_fast.training.inception import inception_fid
 
 SMALL = Settings(
@@ -96,14 +97,18 @@ def test_the_whole_set_once_and_then_from_its_cache(tmp_path, data, monkeypatch)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
-def test_a_stopped_cell_goes_on_bit_for_bit(place):
+def test_a_stopped_cell_goes_on_bit_for_bit(place, monkeypatch):
     here, images = place
     cell = model_cell(SMALL, images.name, "cpu", "joint", 0, steps=6)
     calls = iter([False, False, True])
     with pytest.raises(StopRequested):
         train_cell(here, cell, images, lambda: next(calls))
     assert load_checkpoint(here.run(cell).checkpoint)["step"] == 3
-    stopped = train_cell(here, cell, images, never)
+    advance, steps_run = Trainer.advance, []
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", lambda trainer: steps_run.append(trainer.step) or advance(trainer))
+        stopped = train_cell(here, cell, images, never)
+    assert steps_run == [3, 4, 5]
     elsewhere = dataclasses.replace(here, root=here.root / "elsewhere")
     whole = train_cell(elsewhere, cell, images, never)
     for key, value in whole.model.state_dict().items():

@@ -115,6 +115,24 @@ def test_the_first_stage_is_the_same_whatever_comes_after_it():
         assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+def test_warm_starts_go_on_where_they_ended():
+    model = small_model("abp", "gaussian", latent_dims=(5,))
+    began, seen = model.warm_starts.z.clone(), []
+    chain = model.posterior_chain
+
+    def watched(images, start, noise):
+        end = chain(images, start, noise)
+        seen.append((start[0].clone(), end[0]))
+        return end
+
+    model.posterior_chain = watched
+    learn(model, 3)
+    assert torch.equal(seen[0][0], began)
+    assert torch.equal(seen[1][0], seen[0][1])
+    assert torch.equal(seen[2][0], seen[1][1])
+    assert torch.equal(model.warm_starts.z, seen[2][1])
+
+
 @pytest.mark.parametrize("name", ["vlae", "lvae", "biva", "lebm", "cg_ebm", "sri"])
 def test_one_layer_is_enough_and_four_are_not_too_many(name):
     prior = resolve_prior(name, "auto")
