@@ -20,8 +20,9 @@ from . import ops
 from .backends import _native, cpu, eager
 from .problem import MLP
 
-# above, torch's own backward makes fewer passes over memory than the layers written out here
-_MOST_CHAINS_FOR_PARAMETERS = 1024
+# Gradients in the parameters: the native pass pays where many small layers make calls the cost. With fewer layers, or
+# more chains, torch's own backward makes fewer passes over memory (benchmarks/results, section "energy").
+_FEWEST_LAYERS_FOR_PARAMETERS, _MOST_CHAINS_FOR_PARAMETERS = 3, 1024
 
 
 def energy(z: Tensor, mlp: MLP) -> Tensor:
@@ -30,7 +31,8 @@ def energy(z: Tensor, mlp: MLP) -> Tensor:
         return eager.mlp_forward(z, mlp)[0]
     if not torch.is_grad_enabled():
         return cpu.mlp_energy_layers(z.contiguous(), mlp, layers=False, grad=False)[0]
-    if z.shape[0] > _MOST_CHAINS_FOR_PARAMETERS and any(weight.requires_grad for weight in mlp.weights):
+    pays = mlp.spec.n_hidden >= _FEWEST_LAYERS_FOR_PARAMETERS and z.shape[0] <= _MOST_CHAINS_FOR_PARAMETERS
+    if not pays and any(weight.requires_grad for weight in mlp.weights):
         return eager.mlp_forward(z, mlp)[0]
     return _Energy.apply(mlp, z, mlp.context_bias, *mlp.weights, *mlp.biases)
 

@@ -23,8 +23,8 @@ def energy_and_inputs(chains=37, activation="gelu", head="identity", norm=False,
     logits = 3 if head in ("logsumexp", "logit") else 1
     f = jf.EnergyMLP(
         (2, 4),
-        (17, 9),
-        2,
+        (17, 9, 12),
+        3,
         activation=activation,
         head=head,
         out_features=logits,
@@ -81,7 +81,22 @@ def test_the_native_pass_serves_the_plain_case():
     f, z, _ = energy_and_inputs()
     assert fused_energy.serves(z, f.mlp(z))
     assert "_Energy" in type(f(z).grad_fn).__name__
-    assert "_Energy" not in type(f.double()(z.double()).grad_fn).__name__
+    assert "_Energy" in type(f.requires_grad_(False)(z.clone().requires_grad_()).grad_fn).__name__
+    shallow = jf.EnergyMLP(6, 12, 2)
+    assert "_Energy" not in type(shallow(z).grad_fn).__name__, "torch's backward is the faster one here"
+    assert "_Energy" not in type(f.requires_grad_().double()(z.double()).grad_fn).__name__
+
+
+def test_gradient_in_z_alone():
+    """Frozen parameters: the native pass, whatever the depth."""
+    for depth in (1, 2, 5):
+        f = jf.EnergyMLP(6, 12, depth, activation="mish").requires_grad_(False)
+        z = normal(2000, 6).requires_grad_()
+        value = f(z)
+        assert "_Energy" in type(value.grad_fn).__name__
+        (grad,) = torch.autograd.grad(value.square().sum(), z)
+        (exact,) = torch.autograd.grad(composite(f, z).square().sum(), z)
+        torch.testing.assert_close(grad, exact, rtol=1e-4, atol=1e-5)
 
 
 def test_second_derivatives_are_those_of_the_formula():
@@ -147,7 +162,7 @@ def test_without_gradients(mode, norm):
 
 def test_autocast_reaches_the_module_and_not_the_chain():
     f, z, _ = energy_and_inputs()
-    plain = nn.Sequential(f.layers[0], nn.GELU(), f.layers[1], nn.GELU(), f.layers[2])
+    plain = nn.Sequential(f.layers[0], nn.GELU(), f.layers[1], nn.GELU(), f.layers[2], nn.GELU(), f.layers[3])
     prior = jf.FastLangevin(f, n_steps=5)
     expected = prior(z, noise_key=3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -231,7 +246,9 @@ def changed_behind_autograd(p):
 @pytest.mark.parametrize("kind", ["energy", "recognised"])
 def test_never_yesterdays_weights(change, norm, kind):
     f, z, _ = energy_and_inputs(norm=norm)
-    net = f if kind == "energy" else nn.Sequential(f.layers[0], nn.GELU(), f.layers[1], nn.GELU(), f.layers[2])
+    net = f
+    if kind == "recognised":
+        net = nn.Sequential(f.layers[0], nn.GELU(), f.layers[1], nn.GELU(), f.layers[2], nn.GELU(), f.layers[3])
     if kind == "recognised" and norm:
         net = nn.Sequential(*[nn.utils.spectral_norm(nn.Linear(a, b)) for a, b in ((6, 17), (17, 1))])
         net.insert(1, nn.GELU())
