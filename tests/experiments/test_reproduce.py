@@ -23,8 +23,8 @@ from jlebm_fast.models import MODELS
 from jlebm_fast.training import figures
 from jlebm_fast.training.checkpoints import load_checkpoint
 from jlebm_fast.training.errors import RunError
-from jlebm_fast.training.trainer import Trainer
 from jlebm_fast.training.inception import inception_fid
+from jlebm_fast.training.trainer import Trainer
 
 SMALL = Settings(
     steps=4,
