@@ -133,6 +133,17 @@ def test_wrong_input_is_one_sentence(run, quick, tmp_path, jlebm):
         assert words in said.stderr
 
 
+@pytest.mark.parametrize("model", ["cg_ebm", "multi_ncp"])
+def test_chains_of_other_priors_are_measured_too(folder_of_shapes, tmp_path, quick, model):
+    """One differentiates conditional nets by autograd, the other is a sum of classifiers."""
+    changes = {"model": model, "steps": 2} | ({"stage_steps": 2} if model == "multi_ncp" else {"posterior_steps": 2})
+    options = TrainOptions(**SMALL_RUN | {"data": str(folder_of_shapes), "device": "cpu", **changes})
+    run = train(tmp_path / "run", options)
+    result = evaluate(run.path, 20, frechet=False, long_steps=30, device="cpu")
+    assert 0.5 < result["bias"]["acceptance"] <= 1
+    assert result["mixing"]["draws"] == 15
+
+
 def test_longer_chains_can_be_asked_for(run, jlebm, tmp_path):
     for steps in (0, 50):
         assert (
