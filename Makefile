@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 BUILD_INPUTS = pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 
 # threads that wait asleep: a machine with other work to do is slowed down many times over by waiting ones that spin
 demo test: export OMP_WAIT_POLICY = passive
@@ -17,6 +17,10 @@ test: .venv/ready
 
 bench: .venv/ready-to-bench
 	.venv/bin/jlebm bench
+
+# on a machine that has torch, nvcc and the build's tools already: no .venv, nothing is downloaded
+gpu:
+	$(PYTHON) benchmarks/gpu/run.py
 
 lint: .venv/ready
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -1,0 +1,155 @@
+"""`make gpu`: build, test, measure on a machine with a GPU; one command, offline, within nine minutes.
+
+Sections are programs of their own, each with a limit, one after the other; one that fails or is late costs no other.
+After every section the JSON is written: benchmarks/results/gpu-<date>.json, and $OUT/gpu.json where OUT is set.
+
+    build       the package with the CUDA kernels of this card's architecture, --no-build-isolation --no-deps
+    limits      what this card reaches: a large bf16 and fp32 matrix product, a large copy
+    tests       tests/gpu: parity in all precisions, noise, law, graphs, streams, fuzz
+    backends    the tests that run on every backend, on this card
+    chains      the published problems against eager, torch.compile and the published loop (chains.py)
+    sanitizer   compute-sanitizer on a small case, if it is there
+
+`--dry-run` goes through the same programs without a GPU: the kernels as built for the host, tiny sizes, no build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TOTAL_S = 530  # of 9 minutes, with time to print
+# most seconds of each section; `chains` gets what is left beside the last one
+LIMITS_S = {"build": 180, "limits": 45, "tests": 150, "backends": 90, "sanitizer": 60}
+
+
+class Report:
+    """The JSON that grows section by section."""
+
+    def __init__(self, dry_run: bool) -> None:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        self.content: dict = {"date": now.isoformat(timespec="seconds"), "dry_run": dry_run, "sections": {}}
+        folder = ROOT / "build" if dry_run else ROOT / "benchmarks" / "results"
+        self.files = [folder / f"gpu-{now:%Y-%m-%d-%H%M}.json"]
+        if os.environ.get("OUT"):
+            self.files.append(pathlib.Path(os.environ["OUT"]) / "gpu.json")
+
+    def write(self) -> None:
+        for file in self.files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def run(name: str, command: list[str], limit_s: float, environment: dict[str, str]) -> dict:
+    """Run one section; its last lines, exit status and seconds."""
+    print(f"\n=== {name} (at most {limit_s:.0f} s): {' '.join(command)}", flush=True)
+    began = time.monotonic()
+    if limit_s < 5:
+        return {"status": "no time left", "seconds": 0.0}
+    lines: list[str] = []
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = child.communicate(timeout=limit_s)
+        status = "ok" if child.returncode == 0 else f"exit status {child.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, 9)  # our own session: the child and what it started
+        output, _ = child.communicate()
+        status = f"stopped after {limit_s:.0f} s"
+    lines = output.splitlines()
+    print("\n".join(lines[-40:]), flush=True)
+    seconds = round(time.monotonic() - began, 1)
+    print(f"--- {name}: {status}, {seconds} s", flush=True)
+    return {"status": status, "seconds": seconds, "tail": lines[-60:]}
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def capability() -> str:
+    """Compute capability of the first GPU as "90"; empty where torch sees none."""
+    code = "import torch; print(''.join(map(str, torch.cuda.get_device_capability(0))))"
+    done = subprocess.run(python("-c", code), capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def build_command() -> list[str]:
+    # pip's editable install, else (no permission to install) the module alone, in place
+    pip = f"{sys.executable} -m pip install --no-build-isolation --no-deps --editable ."
+    return ["sh", "-c", f"{pip} || {sys.executable} setup.py build_ext --inplace"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: host build of the kernels, tiny sizes")
+    parser.add_argument("--sections", default="build,limits,tests,backends,chains,sanitizer")
+    options = parser.parse_args()
+    began = time.monotonic()
+    report = Report(options.dry_run)
+    scratch = ROOT / "build" / "gpu"
+    scratch.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "JLEBM_CUDA": "on"}
+    if options.dry_run:
+        environment["JLEBM_GPU_DRY_RUN"] = "1"
+    arch = capability()
+    if not arch and not options.dry_run:
+        print("no GPU: torch.cuda sees none (nvidia-smi, CUDA_VISIBLE_DEVICES); --dry-run goes through without one")
+        return 2
+    if arch:
+        environment.setdefault("JLEBM_CUDA_ARCHS", f"{arch}-real")
+    dry = ["--dry-run"] if options.dry_run else []
+    pytest = python("-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider")
+    commands = {
+        "build": build_command(),
+        "limits": python(str(HERE / "limits.py"), str(scratch / "limits.json"), *dry),
+        "tests": [*pytest, "-m", "gpu", "tests/gpu"],
+        "backends": [*pytest, "tests/test_noise.py", "tests/test_ops.py", "tests/test_sampler.py", "-k", "cuda"],
+        "chains": python(str(HERE / "chains.py"), str(scratch / "chains.json"), *dry),
+        "sanitizer": [
+            "compute-sanitizer", "--error-exitcode", "9", *python(str(HERE / "small_case.py"), *dry),
+        ],
+    }  # fmt: skip
+    if options.dry_run:
+        del commands["build"], commands["backends"]  # the first needs no rehearsal, the second has no device
+        commands["sanitizer"] = commands["sanitizer"][3:]
+    elif shutil.which("compute-sanitizer") is None:
+        del commands["sanitizer"]
+        report.content["sections"]["sanitizer"] = {"status": "compute-sanitizer is not installed", "seconds": 0.0}
+    failed = False
+    for name, command in commands.items():
+        if name not in options.sections.split(","):
+            continue
+        left = TOTAL_S - (time.monotonic() - began)
+        limit = left - LIMITS_S["sanitizer"] if name == "chains" else min(LIMITS_S[name], left)
+        if options.dry_run:
+            limit = 400.0  # the first section that needs the host build makes it
+        answer = scratch / f"{name}.json"
+        answer.unlink(missing_ok=True)
+        result = run(name, command, limit, {**environment, "JLEBM_GPU_LIMIT_S": str(limit)})
+        if answer.exists():
+            result["result"] = json.loads(answer.read_text())
+        report.content["sections"][name] = result
+        report.write()
+        failed = failed or result["status"] != "ok"
+    sys.path[:0] = [str(ROOT), str(HERE)]
+    from table import summary
+
+    print("\n" + summary(report.content), flush=True)
+    print(f"written: {', '.join(map(str, report.files))}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

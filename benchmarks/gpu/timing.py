@@ -1,0 +1,40 @@
+"""Medians of device-event timings after warm-up; on the CPU (rehearsal) of wall-clock timings."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+ENOUGH_S = 0.4  # of measured runs
+MOST_RUNS = 50
+LONG_S = 4.0  # a first run this long is the measurement: a second would cost others their time
+
+
+def measure(run: Callable[[], object], device: torch.device) -> dict[str, float | int]:
+    """{"median_ms", "fastest_ms", "runs"} of `run`, which enqueues on the current stream."""
+    first = _once(run, device)
+    if first > LONG_S:
+        return {"median_ms": 1e3 * first, "fastest_ms": 1e3 * first, "runs": 1, "warm": False}
+    _once(run, device)
+    times: list[float] = []
+    while len(times) < MOST_RUNS and (len(times) < 5 or sum(times) < ENOUGH_S):
+        times.append(_once(run, device))
+    return {"median_ms": 1e3 * statistics.median(times), "fastest_ms": 1e3 * min(times), "runs": len(times)}
+
+
+def _once(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    torch.cuda.synchronize(device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3
