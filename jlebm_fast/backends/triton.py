@@ -24,11 +24,14 @@ import numpy
 import torch
 from torch import Tensor
 
+from .. import precision
 from ..problem import MLP, ChainResult, MLPSpec, Record, Update
 
 NAME = "triton"
+READS_KEY_TENSORS = True
+TAKES_PRECISION = True
 OLDEST_TRITON = (3, 6)
-_TORCH_PRECISIONS = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
+_KEY_STEP = 0x9E3779B97F4A7C15 - (1 << 64)  # the golden ratio's 64 bits, as a signed integer
 _MOST_LOGITS = 1024  # triton_kernels/tiles.py says why
 
 
@@ -93,9 +96,11 @@ def regime(op: str, spec: MLPSpec | None) -> str:
         return f"one launch, {where}"
     chip = _chip(0 if _interpreted() else torch.cuda.current_device())
     tiles = _kernels().tiles
-    chosen = tiles.choose(spec, 1, tiles.dot_precision(_precision(None), chip), chip)
+    products = tiles.dot_precision(precision.current(), chip)
+    # explain() names no number of chains: the regime of 100, the batch of the papers
+    chosen = tiles.choose(spec, 100, products, chip)
     what = {"resident": "weights stay on the chip", "streamed": "weights streamed from L2"}[chosen.regime]
-    return f"{chosen.regime} ({what}; {where})"
+    return f"{chosen.regime} ({what}; {products} products; {where})"
 
 
 def build() -> str:
@@ -134,20 +139,18 @@ def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor:
     return out
 
 
-def mlp_energy_grad(z: Tensor, mlp: MLP, *, precision: str | None = None) -> tuple[Tensor, Tensor]:
-    """f(z) [chains] and its gradient [chains, dim]; `precision` "fp32", "tf32", "bf16" or None for torch's own."""
+def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor]:
+    """f(z) [chains] and its gradient [chains, dim]."""
     energy, grad = z.new_empty(z.shape[0]), torch.empty_like(z)
     if energy.numel():
         with _on_device_of(z):
-            launch, tiles, dot_precision, chip = _choice(z, mlp.spec, precision)
-            launch.energy_grad_call(z, mlp, energy, grad, tiles, dot_precision, chip).run()
+            launch, tiles, products, chip = _choice(z, mlp.spec)
+            launch.energy_grad_call(z, mlp, energy, grad, tiles, products, chip).run()
     return energy, grad
 
 
-def mlp_langevin_chain(
-    z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, *, precision: str | None = None
-) -> ChainResult:
-    """n_steps updates with the MLP's own gradient; `precision` as above."""
+def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:
+    """n_steps updates with the MLP's own gradient."""
     chains, dim = z.shape
     n_kept = n_steps // record.thin
     energy = grad_norm = displacement = first_bad_step = trajectory = None
@@ -159,9 +162,16 @@ def mlp_langevin_chain(
     result = ChainResult(torch.empty_like(z), energy, grad_norm, displacement, first_bad_step, trajectory)
     if chains:
         with _on_device_of(z):
-            launch, tiles, dot_precision, chip = _choice(z, mlp.spec, precision)
-            launch.chain_call(z, mlp, update, n_steps, record.thin, result, tiles, dot_precision, chip).run()
+            launch, tiles, products, chip = _choice(z, mlp.spec)
+            launch.chain_call(z, mlp, update, n_steps, record.thin, result, tiles, products, chip).run()
     return result
+
+
+def advance_noise_key(noise_key: Tensor) -> None:
+    """Move an int64 key [1] on its device to the next one, in stream order: what a CUDA graph appends so that its next
+    replay draws fresh noise. The same sequence of keys as backend `cuda`.
+    """
+    noise_key.add_(_KEY_STEP)
 
 
 class _Kernels:
@@ -186,14 +196,11 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-def _precision(precision: str | None) -> str:
-    return _TORCH_PRECISIONS[torch.get_float32_matmul_precision()] if precision is None else precision
-
-
-def _choice(z: Tensor, spec: MLPSpec, precision: str | None):
+def _choice(z: Tensor, spec: MLPSpec) -> tuple:
+    """(launch module, tiles, precision of the products, chip)"""
     kernels, chip = _kernels(), _chip(z.device.index or 0)
-    dot_precision = kernels.tiles.dot_precision(_precision(precision), chip)
-    return kernels.launch, kernels.tiles.choose(spec, z.shape[0], dot_precision, chip), dot_precision, chip
+    products = kernels.tiles.dot_precision(precision.current(), chip)
+    return kernels.launch, kernels.tiles.choose(spec, z.shape[0], products, chip), products, chip
 
 
 @functools.cache

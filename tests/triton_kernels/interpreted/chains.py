@@ -3,6 +3,7 @@
 import torch
 from reference import assert_accurate, moved
 
+from jlebm_fast import precision
 from jlebm_fast.backends import eager
 from jlebm_fast.backends import triton as backend
 from jlebm_fast.backends.triton_kernels import tiles
@@ -17,8 +18,8 @@ def drawn(*shape, seed=0):
 
 
 def run(z, mlp, update, n_steps, record=EVERYTHING, regime="resident"):
-    with tiles.override(regime=regime):
-        return backend.mlp_langevin_chain(z, mlp, update, n_steps, record, precision="fp32")
+    with tiles.override(regime=regime), precision.using("fp32"):
+        return backend.mlp_langevin_chain(z, mlp, update, n_steps, record)
 
 
 def check(z, mlp, update, n_steps, record=EVERYTHING, regime="resident"):

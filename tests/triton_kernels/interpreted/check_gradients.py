@@ -4,6 +4,7 @@ import pytest
 import torch
 from reference import PARAMETERS, assert_accurate, moved, random_mlp
 
+from jlebm_fast import precision
 from jlebm_fast.backends import eager
 from jlebm_fast.backends import triton as backend
 from jlebm_fast.backends.triton_kernels import tiles
@@ -16,9 +17,9 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check(z, mlp, regime, **options):
-    with tiles.override(regime=regime):
-        ours = backend.mlp_energy_grad(z, mlp, precision="fp32", **options)
+def check(z, mlp, regime):
+    with tiles.override(regime=regime), precision.using("fp32"):
+        ours = backend.mlp_energy_grad(z, mlp)
     plain = eager.mlp_energy_grad(z, mlp)
     exact = eager.mlp_energy_grad(z.double(), moved(mlp, dtype=torch.float64))
     for name, *three in zip(("energy", "grad"), ours, plain, exact, strict=True):
@@ -147,8 +148,8 @@ def emulated(z, mlp: MLP):
 @pytest.mark.parametrize("regime", REGIMES)
 def test_bfloat16_rounds_operands_only(regime):
     mlp, z = random_mlp((20, 40, 30, 3), "gelu", "logsumexp"), drawn(40, 20)
-    with tiles.override(regime=regime):
-        ours = backend.mlp_energy_grad(z, mlp, precision="bf16")
+    with tiles.override(regime=regime), precision.using("bf16"):
+        ours = backend.mlp_energy_grad(z, mlp)
     exact = eager.mlp_energy_grad(z.double(), moved(mlp, dtype=torch.float64))
     for got, plain, true in zip(ours, emulated(z, mlp), exact, strict=True):
         assert_accurate(got, plain, true)
@@ -157,12 +158,14 @@ def test_bfloat16_rounds_operands_only(regime):
 
 def test_precision_follows_torch():
     mlp, z = random_mlp((20, 40, 1), "gelu"), drawn(20, 20)
-    rounded = backend.mlp_energy_grad(z, mlp, precision="bf16")
+    with precision.using("bf16"):
+        rounded = backend.mlp_energy_grad(z, mlp)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         followed = backend.mlp_energy_grad(z, mlp)
-        exact = backend.mlp_energy_grad(z, mlp, precision="fp32")
+        with precision.using("fp32"):
+            exact = backend.mlp_energy_grad(z, mlp)
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(followed[1], rounded[1])

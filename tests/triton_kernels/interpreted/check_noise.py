@@ -109,6 +109,12 @@ def test_keys_as_integers_and_as_tensors(key):
     assert torch.equal(backend.langevin_noise(as_tensor, 2, 3, 5, device="cpu"), expected)
 
 
+def test_keys_advance_as_on_the_other_backends():
+    key = torch.tensor([-5])
+    backend.advance_noise_key(key)
+    assert int(key) % (1 << 64) == ((1 << 64) - 5 + 0x9E3779B97F4A7C15) % (1 << 64)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_block_sizes_change_nothing(groups):
     out = torch.empty(2, 40, 19)
