@@ -93,17 +93,25 @@ def built(name: str, sources: list[Path], flags: list[str], link: list[str], tar
         return path
 
 
-@functools.cache
-def host_module() -> ModuleType:
-    """`cuda_on_host`: the functions cuda_* of jlebm_fast._C for CPU memory."""
+def build_module(name: str, more_flags: list[str]) -> Path:
+    """The Python module `cuda_on_host`, with further flags of the compiler."""
     python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
     sources = [*kernel_sources(), ROOT / "csrc/bindings_cuda.cpp", Path(__file__).with_name("host_module.cpp")]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    path = built("module", sources, [*FLAGS, *python], ["-shared"], f"cuda_on_host{suffix}")
+    return built(name, sources, [*FLAGS, *python, *more_flags], ["-shared"], f"cuda_on_host{suffix}")
+
+
+def load(path: Path | str) -> ModuleType:
     spec = importlib.util.spec_from_file_location("cuda_on_host", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def host_module() -> ModuleType:
+    """`cuda_on_host`: the functions cuda_* of jlebm_fast._C for CPU memory."""
+    return load(build_module("module", []))
 
 
 def on_host(order_seed: int = 0, limits: tuple[int, int] = H100) -> Kernels:

@@ -1,9 +1,45 @@
 // The CUDA kernels as a Python module without a device: csrc/cuda/*.cu compiled for the host, run by fibres.
 #include "bindings_records.h"
 #include "cuda/host/block.h"
+#include "cuda/mlp_layers.h"
+
+namespace {
+
+using namespace jlebm;
+
+// resident, chain tiles, warps, groups, z in shared memory; -1: any
+std::array<int, 5> wanted = {-1, -1, -1, -1, -1};
+
+bool is_wanted(const cuda::MlpPlan& p) {
+    const int have[5] = {p.resident, p.chain_tiles, p.warps, p.groups, p.z_in_shared};
+    for (size_t i = 0; i < 5; ++i)
+        if (wanted[i] >= 0 && wanted[i] != have[i]) return false;
+    return true;
+}
+
+py::dict mlp_plan(const MlpTuple& mlp, int64_t chains, bool energies, int precision, int multiprocessors,
+                  int max_shared_bytes) {
+    const MlpParams params = mlp_params(mlp);
+    cuda::CudaLaunch launch;
+    launch.precision = precision, launch.multiprocessors = multiprocessors, launch.max_shared_bytes = max_shared_bytes;
+    cuda::MlpPlan p;
+    py::dict d;
+    d["found"] = cuda::plan_mlp({&params, chains, energies, true}, launch, &p);
+    d["resident"] = p.resident, d["chains"] = p.chains_per_block(), d["warps"] = p.warps, d["groups"] = p.groups;
+    d["shared_bytes"] = p.shared_bytes, d["z_in_shared"] = p.z_in_shared, d["stream_bytes"] = cuda::stream_bytes(p);
+    d["text"] = cuda::plan_text(p);
+    return d;
+}
+
+} // namespace
 
 PYBIND11_MODULE(cuda_on_host, m) {
     jlebm::bind_cuda(m);
+    m.def("mlp_plan", &mlp_plan);
+    m.def(
+        "want_plan", [](const std::array<int, 5>& plan) { wanted = plan, cuda::plan_allowed = &is_wanted; },
+        "only plans of these (resident, chain tiles, warps, groups, z in shared memory), -1: any");
+    m.def("leave_out_barrier", [](int barrier) { cuda::barrier_left_out = barrier; }, "After of mlp_layers.h; 0: none");
     m.def(
         "take_statistics",
         [] {

@@ -1,87 +1,21 @@
-"""The MLP kernels of csrc/cuda compiled for this processor, and the calls that the tests make of them."""
+"""The MLP kernels on the host: random energies, plain torch at each precision, and calls by geometry."""
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
-import hashlib
-import importlib.util
 import itertools
 import math
-import os
-import shutil
-import subprocess
-import sysconfig
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import pybind11
+import host_build
 import torch
 from torch import Tensor
 
 from jlebm_fast.backends import cpu, eager
 from jlebm_fast.problem import MLP, ChainResult, MLPSpec, Record, Update
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = (
-    "csrc/cuda/mlp_plan.cpp",
-    "csrc/cuda/mlp_langevin_chain.cu",
-    "csrc/cuda/mlp_energy_grad.cu",
-    "csrc/cuda/host/block.cpp",
-    "csrc/cuda/host/fibres.cpp",
-    "csrc/cuda/host/tensor_core.cpp",
-    "tests/cuda/mlp_host.cpp",
-)
 PRECISIONS = {"fp32": 0, "tf32": 1, "bf16": 2}
 H100_SHARED, A100_SHARED, CONSUMER_SHARED = 232448, 166912, 101376
-
-
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "c++"))
-
-
-def build(*flags: str, precisions: tuple[str, ...] = tuple(PRECISIONS)) -> Path:
-    """The module's file, built once for these sources and flags, whatever the number of test runs beside this one."""
-    sources = [*SOURCES, *(f"csrc/cuda/mlp_kernel_{name}.cu" for name in precisions)]
-    flags = (*flags, *(f"-DWITH_{name.upper()}" for name in precisions))
-    text = hashlib.sha256(" ".join(flags).encode())
-    for path in sorted([*(ROOT / "csrc").rglob("*"), ROOT / "tests/cuda/mlp_host.cpp"]):
-        if path.is_file() and "cpu" not in path.parts:
-            text.update(path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"jlebm_mlp_host_{os.getuid()}_{text.hexdigest()[:20]}"
-    folder.mkdir(exist_ok=True)
-    module = folder / f"mlp_host_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not module.exists():
-            _compile(folder, module, sources, flags)
-    return module
-
-
-def _compile(folder: Path, module: Path, sources: list[str], flags: tuple[str, ...]) -> None:
-    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    common = [compiler(), "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w", *flags]
-    common += ["-DJLEBM_CUDA_ON_HOST", *(f"-I{path}" for path in includes)]
-
-    def one(source: str) -> str:
-        out = folder / (Path(source).name + ".o")
-        subprocess.run([*common, "-x", "c++", "-c", ROOT / source, "-o", out], check=True)
-        return str(out)
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(one, sources))
-    unfinished = folder / "unfinished.so"
-    subprocess.run([compiler(), "-shared", *flags, "-o", unfinished, *objects], check=True)
-    unfinished.rename(module)
-
-
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location("mlp_host_kernels", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def make_mlp(
@@ -184,21 +118,22 @@ class Host:
     module: object
 
     def run_energy_grad(
-        self, z: Tensor, mlp: MLP, precision: str, *, plan=(), multiprocessors=132, shared=H100_SHARED, seed=1
+        self, z: Tensor, mlp: MLP, precision: str, *, plan=(), limits=host_build.H100, seed=1
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         energy, grad = torch.full((z.shape[0],), math.nan), torch.full_like(z, math.nan)
         hidden, delta = ([torch.full((z.shape[0], w), math.nan) for w in mlp.spec.widths[1:-1]] for _ in range(2))
         self._want(plan)
         with cpu._Addresses() as address:
-            self.module.mlp_energy_grad(
-                z.shape[0],
-                address(z),
-                cpu._mlp_fields(mlp, address),
-                address(energy),
-                address(grad),
-                [address(t) for t in hidden],
-                [address(t) for t in delta],
-                (PRECISIONS[precision], multiprocessors, shared, seed),
+            fields = cpu._mlp_fields(mlp, address)
+            self.module.cuda_mlp_energy_grad(
+                chains=z.shape[0],
+                z=address(z),
+                mlp=fields,
+                energy=address(energy),
+                grad=address(grad),
+                hidden=[address(t) for t in hidden],
+                delta=[address(t) for t in delta],
+                launch=self._launch("mlp_energy_grad", z.shape[0], fields, True, address, precision, seed, limits),
             )
         return energy, grad, hidden, delta
 
@@ -212,8 +147,7 @@ class Host:
         record: Record = Record(),
         *,
         plan=(),
-        multiprocessors=132,
-        shared=H100_SHARED,
+        limits=host_build.H100,
         seed=1,
         key_at: Tensor | None = None,
     ) -> ChainResult:
@@ -227,30 +161,40 @@ class Host:
         out = torch.full_like(z, math.nan)
         self._want(plan)
         with cpu._Addresses() as address:
-            self.module.mlp_langevin_chain(
-                z.shape[0],
-                n_steps,
-                address(z),
-                cpu._mlp_fields(mlp, address),
-                cpu._update_fields(update, address),
-                (record.thin, *(address(t) for t in kept)),
-                address(out),
-                address(key_at),
-                (PRECISIONS[precision], multiprocessors, shared, seed),
+            fields = cpu._mlp_fields(mlp, address)
+            where = (fields, record.diagnostics, address, precision, seed, limits)
+            self.module.cuda_mlp_langevin_chain(
+                chains=z.shape[0],
+                n_steps=n_steps,
+                z=address(z),
+                mlp=fields,
+                update=cpu._update_fields(update, address),
+                noise_key_at=address(key_at),
+                record=(record.thin, *(address(t) for t in kept)),
+                out=address(out),
+                launch=self._launch("mlp_langevin_chain", z.shape[0], *where),
             )
         return ChainResult(out, *kept)
 
-    def plan(self, mlp: MLP, chains: int, precision: str, *, shared=H100_SHARED, energies=False) -> dict:
+    def plan(self, mlp: MLP, chains: int, precision: str, *, shared: int, energies: bool = False) -> dict:
         self._want(())
         with cpu._Addresses() as address:
-            where = (PRECISIONS[precision], 132, shared, 0)
-            return self.module.plan(cpu._mlp_fields(mlp, address), chains, energies, where)
+            fields = cpu._mlp_fields(mlp, address)
+            return self.module.mlp_plan(fields, chains, energies, PRECISIONS[precision], 132, shared)
 
     def unsupported_reason(self, mlp: MLP, precision: str, shared: int) -> str:
         self._want(())
         with cpu._Addresses() as address:
-            where = (PRECISIONS[precision], 132, shared, 0)
-            return self.module.unsupported_reason(cpu._mlp_fields(mlp, address), where)
+            launch = (0, 0, PRECISIONS[precision], 0, 0, 132, shared)
+            return self.module.cuda_mlp_unsupported_reason(mlp=cpu._mlp_fields(mlp, address), launch=launch)
+
+    def _launch(self, op, chains, fields, energies, address, precision, seed, limits) -> tuple:
+        launch = (0, seed, PRECISIONS[precision], 0, 0, *limits)
+        n_bytes, _ = self.module.cuda_mlp_plan(op=op, chains=chains, mlp=fields, energies=energies, launch=launch)
+        # exactly as many, so that the address sanitizer sees what goes beyond
+        workspace = torch.empty(n_bytes, dtype=torch.uint8)
+        address._alive.append(workspace)
+        return (0, seed, PRECISIONS[precision], workspace.data_ptr(), n_bytes, *limits)
 
     def _want(self, plan: tuple[int, ...]) -> None:
         self.module.want_plan((*plan, *(-1,) * (5 - len(plan))))
@@ -258,4 +202,4 @@ class Host:
 
 @functools.cache
 def host() -> Host:
-    return Host(load(build()))
+    return Host(host_build.host_module())

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import subprocess
 import sys
 
+import host_build
 import mlp_host
 import pytest
 import torch
@@ -17,7 +17,6 @@ from mlp_host import assert_as_good_as_torch, cast, coefficients, make_mlp, plai
 from jlebm_fast.backends import eager
 from jlebm_fast.problem import Record, Update
 
-pytestmark = pytest.mark.skipif(mlp_host.compiler() is None, reason="needs a C++ compiler")
 KEY = 0x9E3779B97F4A7C15
 
 
@@ -278,21 +277,21 @@ def test_reasons(host):
     assert "eager" in reason
     with pytest.raises(ValueError, match="bytes of shared memory"):
         host.run_chain(
-            torch.zeros(1, 8), make_mlp([8, 4096, 1], "relu"), normal_update(8, 1), 1, "fp32", shared=100_000
+            torch.zeros(1, 8), make_mlp([8, 4096, 1], "relu"), normal_update(8, 1), 1, "fp32", limits=(132, 100_000)
         )
 
 
 SANITIZED = """
-import torch, mlp_host
+import torch, mlp_host, host_build
 from mlp_host import coefficients, make_mlp
 from jlebm_fast.problem import Record, Update
-host = mlp_host.Host(mlp_host.load({module!r}))
+host = mlp_host.Host(host_build.load({module!r}))
 for widths, head, plan in (
     ([18, 40, 21, 1], "identity", (1, 1, 4, 2)),
     ([18, 40, 21, 5], "logsumexp", (1, 4, 1, 1, 0)),
     ([7, 33, 1], "identity", (0, 2, 2)),
 ):
-    for precision in ("fp32", "bf16"):
+    for precision in mlp_host.PRECISIONS:
         mlp = make_mlp(widths, "gelu", head=head, chains=9, context=True)
         z = torch.randn(9, widths[0])
         update = Update(coefficients(2), prior_precision=torch.ones(widths[0]), noise_key=7)
@@ -304,13 +303,11 @@ print("clean")
 
 def test_under_the_address_and_undefined_behaviour_sanitizers():
     library = subprocess.run(
-        [mlp_host.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True
+        [host_build.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True
     ).stdout.strip()
-    if not os.path.isabs(library) or shutil.which("c++") is None:
+    if not os.path.isabs(library):
         pytest.skip("needs the compiler's sanitizer library")
-    module = mlp_host.build(
-        "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", precisions=("fp32", "bf16")
-    )
+    module = host_build.build_module("sanitized", ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
     environment = dict(os.environ, LD_PRELOAD=library, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="1")
     environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
