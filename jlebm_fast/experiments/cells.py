@@ -7,14 +7,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from jlebm_fast.models import MODELS
+from jlebm_fast.models import MODELS, resolve_prior
 from jlebm_fast.training.options import TrainOptions
 
 from .settings import Settings
 
 FORMAT = 1  # of a cell's result; a change of what is measured, or how, counts it up
 ONE_LAYER = ("lebm", "abp")
-CONTRASTIVE = ("ncp_vae", "multi_ncp")
 ON_VLAE = ("two_stage_vae", "ncp_vae", "multi_ncp")  # their first stage is the VLAE of the same seed, bit for bit
 HIERARCHY_DIMS = (2, 2, 2)
 # Options that say where, how fast or how chatty, not what.
@@ -77,8 +76,9 @@ def model_cell(settings: Settings, data: str, device: str, model: str, seed: int
         "steps": settings.steps,
         "batch_size": settings.batch_size,
     }
-    if model in CONTRASTIVE:
-        options["energy_lr"] = settings.contrastive_rate
+    prior = resolve_prior(model, "auto")
+    if prior in ("ebm", "nce"):
+        options["energy_lr"] = settings.energy_rate if prior == "ebm" else settings.contrastive_rate
     first_stage = model_cell(settings, data, device, "vlae", seed) if model in ON_VLAE else None
     return Cell(TrainOptions(**(options | changes)), ("distance",), first_stage=first_stage)
 

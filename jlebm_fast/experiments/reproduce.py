@@ -14,7 +14,7 @@ import torch
 from jlebm_fast.models import Batch, LearningRates, LearningStep, build
 from jlebm_fast.training.checkpoints import write_atomically
 from jlebm_fast.training.errors import ImageError, RunError
-from jlebm_fast.training.inception import inception_fid
+from jlebm_fast.training.inception import inception_fid, require_inception
 from jlebm_fast.training.progress import progress_bar
 from jlebm_fast.training.run_folder import open_run, pick_device
 from jlebm_fast.training.sources import Images, load_images, to_network, to_pixels
@@ -57,6 +57,8 @@ def reproduce(request: Request) -> pathlib.Path:
         Stopped: the user stopped it; the same command goes on.
     """
     device = pick_device(request.device)
+    if request.inception_weights is not None:
+        require_inception(request.inception_weights)
     images = _images(request)
     place = Place(request.root, request.settings, images.fingerprint(), device.type)
     plan = Plan(request.settings, request.data, device.type, request.parts)
@@ -129,7 +131,8 @@ def _facts(
         f"{len(images.train)} training and {len(images.held_out)} held-out images of {images.size} x {images.size} "
         f"pixels. Every model: {settings.steps} updates of {settings.batch_size} images, latents of "
         f"{', '.join(map(str, settings.latent_dims))} dims bottom to top ({', '.join(ONE_LAYER)}: one layer of "
-        f"{sum(settings.latent_dims)}), {settings.width} channels, 1/(2σ²) = {settings.reconstruction_weight:g}; seeds "
+        f"{sum(settings.latent_dims)}), {settings.width} channels, 1/(2σ²) = {settings.reconstruction_weight:g}, "
+        f"learning rate of f {settings.energy_rate:g} (contrastive {settings.contrastive_rate:g}); seeds "
         f"{', '.join(map(str, settings.seeds))}.",
         f"Fréchet distance of {settings.samples} samples to the held-out images in the 64 features of a classifier "
         f"with {100 * good:.2f} % test accuracy{verdict}, and class score (the inception score, by that classifier's "

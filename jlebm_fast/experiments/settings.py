@@ -22,6 +22,7 @@ class Settings:
     width              channels of the largest feature map
     latent_dims        bottom to top; models with one layer have the sum
     reconstruction_weight    1/(2σ²)
+    energy_rate        learning rate of f where it is learned against the prior chain
     contrastive_rate   learning rate of f in the models that learn it as a classifier
     """
 
@@ -37,6 +38,7 @@ class Settings:
     width: int = 16
     latent_dims: tuple[int, ...] = (4, 6, 10)
     reconstruction_weight: float = 3.0
+    energy_rate: float = 2e-4
     contrastive_rate: float = 1e-3
 
 

@@ -141,14 +141,15 @@ class Verify:
 
         from .run_folder import open_run, pick_device
 
+        z = None
         if self.run is None:
             energy = jf.EnergyMLP((2, 2, 2, 10), hidden=50, depth=4).to(pick_device(self.device))
         else:
             model = open_run(self.run, self.device)[2]
-            if model.energy is None:
-                raise RunError(f'the run in "{self.run}" has a Gaussian prior: there is no energy to verify')
-            energy = model.prior_chain()
-        return 0 if jf.verify(energy).passed else 1
+            if not model.has_prior_chain:
+                raise RunError(f'the prior of the run in "{self.run}" is no energy: there is nothing to verify')
+            energy, z = model.prior_chain(), model.standard_normal(64)
+        return 0 if jf.verify(energy, z).passed else 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -30,9 +31,27 @@ def inception_fid(samples: Tensor, reference: Tensor, weights: pathlib.Path, dev
         weights: torch-fidelity's file of the net, `weights-inception-2015-12-05-6726825d.pth`.
 
     Raises:
-        RunError: torch-fidelity or the weights are missing; the message says how to get them.
+        RunError: as `require_inception`.
 
     Source: Heusel et al., NeurIPS 2017; Obukhov et al., torch-fidelity.
+    """
+    found = require_inception(weights).calculate_metrics(
+        input1=_Pixels(samples),
+        input2=_Pixels(reference),
+        fid=True,
+        cuda=device.type == "cuda",
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(weights),
+        verbose=False,
+    )
+    return float(found["frechet_inception_distance"])
+
+
+def require_inception(weights: pathlib.Path) -> ModuleType:
+    """torch-fidelity, once it and the weights are found to be there: to be asked before hours of work.
+
+    Raises:
+        RunError: torch-fidelity or the weights are missing; the message says how to get them.
     """
     if not weights.is_file():
         raise RunError(
@@ -48,13 +67,4 @@ def inception_fid(samples: Tensor, reference: Tensor, weights: pathlib.Path, dev
     except (ImportError, RuntimeError) as error:  # a torchvision built for another torch
         first = str(error).strip().splitlines()[0]
         raise RunError(f"torch-fidelity does not work here: {first}") from error
-    found = torch_fidelity.calculate_metrics(
-        input1=_Pixels(samples),
-        input2=_Pixels(reference),
-        fid=True,
-        cuda=device.type == "cuda",
-        feature_extractor="inception-v3-compat",
-        feature_extractor_weights_path=str(weights),
-        verbose=False,
-    )
-    return float(found["frechet_inception_distance"])
+    return torch_fidelity

@@ -118,6 +118,14 @@ def test_the_model_of_a_run_is_in_its_config(jlebm, folder_of_shapes, tmp_path):
     assert "model lvae, prior gaussian" in shown.stdout
 
 
+@pytest.mark.parametrize("name", ["cg_ebm", "multi_ncp"])
+def test_the_energies_of_other_models_are_verified(jlebm, folder_of_shapes, tmp_path, name):
+    run = loop.train(tmp_path / "run", options_of(name, folder_of_shapes, steps=2)).path
+    process = jlebm("verify", run, "--device", "cpu")
+    assert process.returncode == 0, process.stdout
+    assert "certificate: passed" in process.stdout
+
+
 def said(process):
     assert process.returncode == 1
     lines = [line for line in process.stderr.splitlines() if line.strip()]
