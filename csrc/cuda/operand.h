@@ -148,7 +148,7 @@ public:
                                  int k_steps) {
         Small small = {};
         if constexpr (kLoadsAhead) {
-            Step one, other;
+            Step one, other = {};
             load(one, weights, chains);
 #pragma unroll 1
             while (true) {
