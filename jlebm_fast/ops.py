@@ -185,6 +185,8 @@ def check_count(name: str, value: int) -> None:
 
 
 def check_counter(name: str, value: int) -> None:
+    if type(value) is int and 0 <= value < COUNTER_RANGE:  # the usual case, at once
+        return
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < COUNTER_RANGE:
         raise ValueError(f"{name} must be an integer in [0, 2**32), got {value!r}")
 

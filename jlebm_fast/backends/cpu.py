@@ -220,23 +220,22 @@ def _mlp_fields(mlp: MLP, address: _Addresses) -> tuple:
 
 
 def _update_fields(update: Update, address: _Addresses) -> tuple:
+    # most of it is absent in most calls, and asking for what is absent costs as much as asking for what is there
+    steps, chains, mean, precision, frozen, noise, noise_key, first_step, first_chain, extra_grad = update
     return (
-        address(update.step_coefficients),
-        address(update.chain_coefficients),
-        address(update.prior_mean),
-        _chain_stride(update.prior_mean),
-        address(update.prior_precision),
-        _chain_stride(update.prior_precision),
-        address(update.frozen),
-        _chain_stride(update.frozen),
-        address(update.noise),
-        address(update.extra_grad),
-        update.noise_key,
-        update.first_step,
-        update.first_chain,
+        address(steps),
+        0 if chains is None else address(chains),
+        *((0, 0) if mean is None else (address(mean), _chain_stride(mean))),
+        *((0, 0) if precision is None else (address(precision), _chain_stride(precision))),
+        *((0, 0) if frozen is None else (address(frozen), _chain_stride(frozen))),
+        0 if noise is None else address(noise),
+        0 if extra_grad is None else address(extra_grad),
+        noise_key,
+        first_step,
+        first_chain,
     )
 
 
-def _chain_stride(per_dim_or_chain: Tensor | None) -> int:
+def _chain_stride(per_dim_or_chain: Tensor) -> int:
     """Elements from one chain's row to the next; 0 for one row that all chains share."""
-    return per_dim_or_chain.shape[1] if per_dim_or_chain is not None and per_dim_or_chain.dim() == 2 else 0
+    return per_dim_or_chain.shape[1] if per_dim_or_chain.dim() == 2 else 0
