@@ -61,7 +61,7 @@ def compile_call(call: Call, target: GPUTarget) -> Compiled:
         constants[(names.index(name),)] = value
     source = ASTSource(call.kernel, signature, constants, attributes)
     started = time.perf_counter()
-    kernel = triton.compile(source, target=target, options={**call.options, "enable_fp_fusion": False})
+    kernel = triton.compile(source, target=target, options=call.options)
     seconds = time.perf_counter() - started
     registers, spilled = _usage(kernel.asm)
     return Compiled(registers, spilled, kernel.metadata.shared, seconds, kernel.asm)

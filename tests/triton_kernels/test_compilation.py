@@ -26,6 +26,7 @@ MATRIX_UNIT = {
     "gfx942": ("amdgcn", "v_mfma_f32"),
 }
 DEEP = MLPSpec((20, *[64] * 16, 1), ("silu",) * 16, (0.0,) * 16)
+BROAD = MLPSpec((64, 128, 128, 128, 1), ("silu",) * 3, (0.0,) * 3)
 MANY_LOGITS = MLPSpec((16, 50, 50, 10), ("gelu", "elu"), (0.0, 1.0), "logsumexp")
 
 
@@ -41,7 +42,7 @@ def _fresh_cache(tmp_path_factory):
 
 
 def spec_of(problem: str) -> MLPSpec:
-    return {"DEEP": DEEP, "MANY": MANY_LOGITS}.get(problem) or cases.CASES[problem].spec
+    return {"DEEP": DEEP, "BROAD": BROAD, "MANY": MANY_LOGITS}.get(problem) or cases.CASES[problem].spec
 
 
 def mlp_of(spec: MLPSpec) -> MLP:
@@ -95,6 +96,7 @@ def check_limits(compiled, regime, chip_name):
         ("WIDE", "sm_100", "fp32", 400, "streamed"),
         ("WIDE", "gfx942", "bf16", 400, "streamed"),
         ("DEEP", "sm_90", "fp32", 100, "streamed"),
+        ("BROAD", "gfx942", "fp32", 100, "streamed"),
         ("MANY", "sm_90", "fp32", 100, "resident"),
     ],
 )

@@ -42,7 +42,7 @@ def compiled(monkeypatch, tmp_path):
 
 
 def warm(call):
-    return call.kernel.warmup(*call.arguments, **call.constants, **call.options, enable_fp_fusion=False, grid=call.grid)
+    return call.kernel.warmup(*call.arguments, **call.constants, **call.options, grid=call.grid)
 
 
 def test_noise_compiles_once_for_all_keys_and_offsets(compiled):

@@ -15,6 +15,8 @@ from .tiles import Chip, Tiles, power_of_two
 
 # chains and groups of four dimensions of one program of an elementwise kernel: eight normals a thread
 ELEMENTWISE_ROWS, ELEMENTWISE_GROUPS = 16, 16
+# of every kernel: the noise contract (noise.py)
+NO_FUSION = {"enable_fp_fusion": False}
 
 
 class Call(NamedTuple):
@@ -27,8 +29,7 @@ class Call(NamedTuple):
     options: dict[str, Any]
 
     def run(self) -> None:
-        # without fusion: the noise contract (noise.py)
-        self.kernel[self.grid](*self.arguments, **self.constants, **self.options, enable_fp_fusion=False)
+        self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
 
 
 def signed(word: int) -> int:
@@ -47,7 +48,9 @@ def noise_call(
     key, low, high = _key(noise_key)
     counters = (signed(first_step), signed(first_chain), signed(stream))
     arguments = (out, key, low, high, *counters, chains, rows, dim)
-    return Call(noise.langevin_noise, grid, arguments, {"BLOCK_ROWS": ELEMENTWISE_ROWS, "GROUPS": block_groups}, {})
+    return Call(
+        noise.langevin_noise, grid, arguments, {"BLOCK_ROWS": ELEMENTWISE_ROWS, "GROUPS": block_groups}, NO_FUSION
+    )
 
 
 def step_call(z: Tensor, grad: Tensor, change: Update, out: Tensor) -> Call:
@@ -56,7 +59,7 @@ def step_call(z: Tensor, grad: Tensor, change: Update, out: Tensor) -> Call:
     groups = min(ELEMENTWISE_GROUPS, power_of_two(dim) // 4)
     grid = (-(-chains // ELEMENTWISE_ROWS), -(-dim // (4 * groups)))
     arguments = (z, grad, out, *_update_arguments(change), chains, dim)
-    return Call(update.langevin_step, grid, arguments, {"BLOCK_CHAINS": ELEMENTWISE_ROWS, "GROUPS": groups}, {})
+    return Call(update.langevin_step, grid, arguments, {"BLOCK_CHAINS": ELEMENTWISE_ROWS, "GROUPS": groups}, NO_FUSION)
 
 
 def energy_grad_call(
@@ -87,7 +90,7 @@ def _mlp_call(
 ) -> Call:
     spec, chains = mlp.spec, tensors[0].shape[0]
     blocks = -(-chains // tiles.block_chains)
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **NO_FUSION}
     if tiles.regime == "resident":
         constants = {
             "WIDTHS": spec.widths,
