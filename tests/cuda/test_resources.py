@@ -1,0 +1,137 @@
+"""What the compiler says about the kernels: every architecture, no spills in the resident kernels, sizes that fit.
+
+Each file goes through the front end once, to the PTX of compute_80, and that through each architecture's assembler:
+the way of every chip newer than the build, and a sixth of the time.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from host_build import ROOT, digest, locked_folder, on_host
+
+from jlebm_fast import precision
+from jlebm_fast.problem import MLPSpec
+
+# shared memory that a block may have, and multiprocessors of a card with that architecture
+ARCHS = {
+    "80": (166912, 108), "86": (101376, 84), "89": (101376, 128),
+    "90a": (232448, 132), "100": (232448, 148), "120": (101376, 170),
+}  # fmt: skip
+SHAPES = {
+    "HS": MLPSpec((16, 50, 50, 50, 50, 1), ("leaky_relu",) * 4, (0.2,) * 4),
+    "FID": MLPSpec((50, 100, 100, 1), ("leaky_relu",) * 2, (0.2,) * 2),
+    "LEBM": MLPSpec((100, 200, 200, 1), ("gelu",) * 2, (0.0,) * 2),
+}
+REGISTERS_OF_A_MULTIPROCESSOR = 65536
+MLP_THREADS = 256  # kMlpThreads of csrc/cuda/mlp_plan.h
+ROW_THREADS = 256  # kRowThreads of csrc/cuda/rows.h
+
+nvcc = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH: install the CUDA toolkit to run it")
+
+
+class Usage(NamedTuple):
+    registers: int
+    stack: int
+    spilled: int
+    static_shared: int
+
+
+def side_by_side(commands: list[list[str]]) -> list[str]:
+    """What each command prints on its error stream."""
+
+    def one(command: list[str]) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return list(pool.map(one, commands))
+
+
+def intermediate(folder: Path) -> list[Path]:
+    """PTX of all kernel files, made by the first process that needs it."""
+    sources = sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if "JLEBM_KERNEL" in whole_text(p))
+    targets = [folder / f"{source.stem}.ptx" for source in sources]
+    if not all(target.exists() for target in targets):
+        common = [nvcc, "-std=c++17", "-O3", "-arch=compute_80", "-ptx", "-I", str(ROOT / "csrc")]
+        side_by_side([[*common, str(s), "-o", f"{t}.part"] for s, t in zip(sources, targets, strict=True)])
+        for target in targets:
+            Path(f"{target}.part").rename(target)
+    return targets
+
+
+def whole_text(source: Path) -> str:
+    """A source and the kernel header that it instantiates."""
+    text = source.read_text()
+    return text + (ROOT / "csrc/cuda/mlp_kernel.h").read_text() if "mlp_kernel.h" in text else text
+
+
+def usage(arch: str) -> dict[str, Usage]:
+    """Resources of each kernel on an architecture, by mangled name."""
+    name = f"resources-{digest(arch)}"
+    with locked_folder(f"ptx-{digest('ptx')}") as shared:
+        sources = intermediate(shared)
+    with locked_folder(name) as folder:
+        report = folder / "report.txt"
+        if not report.exists():
+            report.write_text("".join(side_by_side([
+                [nvcc, f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", str(ptx), "-o", str(folder / f"{ptx.stem}.cubin")]
+                for ptx in sources
+            ])))  # fmt: skip
+        text = report.read_text()
+    found = {}
+    for block in re.split(r"Compiling entry function '", text)[1:]:
+        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
+        registers = int(re.search(r"Used (\d+) registers", block)[1])
+        shared_bytes = re.search(r"(\d+) bytes smem", block)
+        stack, stores, loads = map(int, frame.groups())
+        found[block.split("'", 1)[0]] = Usage(
+            registers, stack, stores + loads, int(shared_bytes[1]) if shared_bytes else 0
+        )
+    return found
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_compile_within_their_limits(arch):
+    found = usage(arch)
+    resident = {k: u for k, u in found.items() if "mlp_kernel" in k and "Lb1E" in k}
+    rows = {k: u for k, u in found.items() if re.search(r"\d+langevin_(noise|step)_kernel", k)}
+    assert len(resident) == 9, sorted(found)  # three precisions, 1, 2 or 4 tiles of chains
+    assert len(rows) == 4
+    for kernel, used in {**resident, **rows}.items():
+        assert used.spilled == 0, kernel
+        assert used.stack == 0, kernel
+    for kernel, used in found.items():
+        threads = ROW_THREADS if kernel in rows else MLP_THREADS
+        blocks = {True: 4 if "noise" in kernel else 2, False: 1}[kernel in rows]
+        assert used.registers * threads * blocks <= REGISTERS_OF_A_MULTIPROCESSOR, kernel
+        assert used.static_shared == 0, kernel
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_plans_fit_every_architecture(arch, shape):
+    """Any plan fits the chip; a batch of the papers is resident wherever the weights fit beside it."""
+    shared, multiprocessors = ARCHS[arch]
+    for name in precision.NAMES:
+        for chains in (1, 100, 10_000, 1_000_000):
+            with precision.using(name):
+                n_bytes, regime = on_host(limits=(multiprocessors, shared)).plan(
+                    "mlp_langevin_chain", SHAPES[shape], chains, False, torch.device("cpu")
+                )
+            used = int(re.search(r"(\d+) KB of shared memory", regime)[1])
+            assert used <= shared // 1024
+            if chains == 100 and (shape != "LEBM" or (name == "bf16" and shared > 130_000)):
+                assert regime.startswith("resident"), (name, regime)
+                assert n_bytes == 0
