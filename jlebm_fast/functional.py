@@ -131,7 +131,7 @@ def langevin_step(
             noise_key = 0
             noise = flatten_latents(noise)[0].unsqueeze(0)
         update = Update(
-            torch.tensor(rows, dtype=torch.float64).to(flat.device, flat.dtype),
+            torch.tensor(rows, dtype=torch.float64, device="cpu").to(flat.device, flat.dtype),
             dynamics.chain_coefficients(step_size, noise_scale, flat),
             mean,
             precision,

@@ -194,8 +194,8 @@ def _float64_copy(net: nn.Module) -> nn.Module:
 
 def _trace(net: nn.Module, layout: LatentLayout, chains: int, scale: float, device: torch.device) -> Structure:
     """One traced run of a float64 copy, its structure tested on the values of the run."""
-    generator = torch.Generator().manual_seed(chains)
-    flat = scale * torch.randn(chains, layout.dim, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(chains)
+    flat = scale * torch.randn(chains, layout.dim, generator=generator, dtype=torch.float64, device="cpu")
     flat = flat.to(device).requires_grad_()
     z = layout.restore(flat)
     entries = layout.restore(torch.arange(chains * layout.dim, device=device).view(chains, layout.dim))

@@ -159,7 +159,7 @@ def _fake_chain(z, *rest):
 
 
 def _fake_draw():
-    return torch.empty(1, dtype=torch.int64)
+    return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 def _fake_top_singular(weight, u):

@@ -62,7 +62,8 @@ def key_tensor(noise_key: int | Tensor) -> Tensor:
     """The 64 bits of a key as an int64 tensor [1], on the CPU unless it is a tensor elsewhere already."""
     if isinstance(noise_key, Tensor):
         return noise_key.reshape(1)
-    return torch.tensor([noise_key - KEY_RANGE if noise_key >= KEY_RANGE // 2 else noise_key], dtype=torch.int64)
+    signed = noise_key - KEY_RANGE if noise_key >= KEY_RANGE // 2 else noise_key
+    return torch.tensor([signed], dtype=torch.int64, device=_CPU)
 
 
 def key_number(noise_key: int | Tensor) -> int:

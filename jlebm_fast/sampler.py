@@ -102,7 +102,9 @@ class FastLangevin:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
         object.__setattr__(self, "_source", EnergySource(self.energy))
         rows = dynamics.step_coefficients(self.step_size, self.noise_scale, self.n_steps)
-        object.__setattr__(self, "_step_rows", torch.tensor(rows, dtype=torch.float64).view(self.n_steps, 3))
+        object.__setattr__(
+            self, "_step_rows", torch.tensor(rows, dtype=torch.float64, device="cpu").view(self.n_steps, 3)
+        )
         object.__setattr__(self, "_constants", {})
 
     def __call__(self, z: Latents, **options: Any) -> Latents | tuple[Latents, LangevinInfo]:

@@ -30,6 +30,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 MAX_ITERATIONS = 40
 # larger weights gain more from the threads of a matrix library than they lose by being handed to it
 _LARGEST_NATIVE = 1 << 16
+# whatever torch.set_default_device says
+_HERE = {"dtype": torch.float32, "device": torch.device("cpu")}
 
 
 class TopSingular(NamedTuple):
@@ -71,7 +73,7 @@ def _native_singulars(pairs: list[tuple[Tensor, Tensor]]) -> list[TopSingular | 
     outputs, layers = [], []
     for weight, start in pairs:
         n_out, n_in = weight.shape
-        u, v, normalised = (torch.empty(n, dtype=torch.float32) for n in (n_out, n_in, (n_out, n_in)))
+        u, v, normalised = (torch.empty(n, **_HERE) for n in (n_out, n_in, (n_out, n_in)))
         outputs.append((u, v, normalised))
         layers.append(
             (n_out, n_in, weight.data_ptr(), start.data_ptr(), u.data_ptr(), v.data_ptr(), normalised.data_ptr())
@@ -91,8 +93,8 @@ def normalised_weights(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     floats, layers, normalised = 0, [], []
     for weight, _ in pairs:
         floats += sum(weight.shape)
-        normalised.append(torch.empty(weight.shape, dtype=torch.float32))
-    scratch = torch.empty(floats, dtype=torch.float32)
+        normalised.append(torch.empty(weight.shape, **_HERE))
+    scratch = torch.empty(floats, **_HERE)
     address = scratch.data_ptr()
     for (weight, start), to in zip(pairs, normalised, strict=True):
         n_out, n_in = weight.shape

@@ -245,6 +245,34 @@ def test_modes_around_the_call_change_nothing(f, backend, context, recognised):
     torch.testing.assert_close(inside, plain, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("energy", ["norm", "wide", "recognised", "callable"])
+def test_a_default_device_changes_nothing(backend, energy):
+    """torch.set_default_device names the device of what a script makes, not of a chain on tensors it has."""
+    torch.manual_seed(9)
+    f = jf.EnergyMLP(DIMS, 600 if energy == "wide" else 20, 2, spectral_norm=energy == "norm").to(backend.device)
+    if energy == "recognised":
+        f = nn.Sequential(nn.utils.spectral_norm(nn.Linear(16, 8)), nn.GELU(), nn.Linear(8, 1)).to(backend.device)
+    z = on(normal(12, 16), backend)
+    elsewhere = torch.device("meta")
+
+    def run():
+        net = (lambda z: f(z)) if energy == "callable" else f
+        sampler = jf.FastLangevin(net, n_steps=4, step_size=[0.4] * 4, backend=backend.name)
+        torch.manual_seed(3)
+        return sampler.sample(z, return_info=True, return_trajectory=True, thin=2)
+
+    expected = run()
+    with elsewhere:
+        ours = run()
+    for a, b in zip((ours[0], *ours[1]), (expected[0], *expected[1]), strict=True):
+        assert a.device == z.device
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    with elsewhere:
+        stepped = jf.langevin_step(z, z, noise_key=1, backend=backend.name)
+        assert jf.langevin_noise(1, 1, 2, 3, device=backend.device, backend=backend.name).device == z.device
+    assert torch.equal(stepped, jf.langevin_step(z, z, noise_key=1, backend=backend.name))
+
+
 def test_double_precision_runs_on_eager(f, backend):
     f.double()
     z = on(normal(12, 16, dtype=torch.float64), backend)

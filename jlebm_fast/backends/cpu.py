@@ -157,7 +157,7 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
     energy = grad_norm = displacement = first_bad_step = trajectory = None
     if record.diagnostics:
         energy, grad_norm, displacement = (z.new_empty(n_kept, chains) for _ in range(3))
-        first_bad_step = torch.full((chains,), -1, dtype=torch.int64)
+        first_bad_step = torch.full((chains,), -1, dtype=torch.int64, device=z.device)
     if record.trajectory:
         trajectory = z.new_empty(n_kept, chains, dim)
     nothing = not record.diagnostics and not record.trajectory

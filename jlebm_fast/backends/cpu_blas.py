@@ -28,8 +28,8 @@ class _WideMLP:
         self.group = max(1, min(chains, _WORKSPACE_FLOATS // floats_per_chain))
         self._mlp = mlp
         self._native = _native.load()
-        self._pre = [torch.empty(self.group * max(hidden)) for _ in range(2)]
-        self._slope = [torch.empty(self.group * width) for width in hidden]
+        self._pre = [torch.empty(self.group * max(hidden), device="cpu") for _ in range(2)]
+        self._slope = [torch.empty(self.group * width, device="cpu") for width in hidden]
 
     def energy_grad(self, z: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """f [n] and its gradient [n, dim] at z [n, dim], the chains from index `first` on."""
