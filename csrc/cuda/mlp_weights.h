@@ -67,13 +67,21 @@ JLEBM_DEVICE void load_weight(unsigned char* to, const float* weight, int n_out,
     using O = Operand<kPrecision>;
     const int stride = weight_stride(kPrecision, n_in);
     const int rows = round_up(n_out, kTileRows), columns = round_up(n_in, kTileRows);
-    const int n_warps = int(blockDim.x) / kWarp;
-    for (int row = warp_index(); row < rows; row += n_warps) {
-        auto* out = reinterpret_cast<typename O::Element*>(to + int64_t(row) * stride);
-        const float* in = weight + int64_t(row) * n_in;
+    // four rows and four columns a lane, so that 16 loads are on their way at a time: every block of a small batch
+    // begins with this
+    constexpr int kRows = 4;
+    for (int row = kRows * warp_index(); row < rows; row += kRows * int(blockDim.x) / kWarp) {
 #pragma unroll 4
-        for (int column = lane_index(); column < columns; column += kWarp)
-            out[column] = O::element(row < n_out && column < n_in ? load_readonly(in + column) : 0.0f);
+        for (int column = lane_index(); column < columns; column += kWarp) {
+            float v[kRows];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+                v[r] =
+                    row + r < n_out && column < n_in ? load_readonly(weight + int64_t(row + r) * n_in + column) : 0.0f;
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+                reinterpret_cast<typename O::Element*>(to + int64_t(row + r) * stride)[column] = O::element(v[r]);
+        }
     }
 }
 
