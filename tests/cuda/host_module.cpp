@@ -36,6 +36,8 @@ py::dict mlp_plan(const MlpTuple& mlp, int64_t chains, bool energies, int precis
 PYBIND11_MODULE(cuda_on_host, m) {
     jlebm::bind_cuda(m);
     m.def("mlp_plan", &mlp_plan);
+    m.def("weight_stride", &cuda::weight_stride, "bytes from row to row of a resident weight: (precision, n_in)");
+    m.def("word_row_at", &cuda::Operand<cuda::kTf32>::row_at, "byte of a feature's row of 8 chains of 32-bit words");
     m.def(
         "want_plan", [](const std::array<int, 5>& plan) { wanted = plan, cuda::plan_allowed = &is_wanted; },
         "only plans of these (resident, chain tiles, warps, groups, z in shared memory), -1: any");

@@ -132,3 +132,21 @@ def test_matrix_loads_have_no_bank_conflicts(host):
             counted = host.module.take_statistics()
             assert counted[3] > 0
             assert counted[4] == counted[3]
+
+
+def test_word_loads_have_no_bank_conflicts(host):
+    """Lanes (g, t) of one 32-bit load: rows and columns of the weight, features and chains of the operand."""
+    lanes = [(g, t) for g in range(8) for t in range(4)]
+
+    def banks(addresses):
+        return len({address // 4 % 32 for address in addresses})
+
+    row_at = host.module.word_row_at
+    for n_in in (1, 16, 50, 100, 200, 1000):
+        for precision in (0, 1):
+            stride = host.module.weight_stride(precision, n_in)
+            assert banks(g * stride + 4 * t for g, t in lanes) == 32  # forward: W[g][t]
+            assert banks(2 * t * stride + 4 * g for g, t in lanes) == 32  # backward: W[2t][g]
+    for feature in (lambda t: t, lambda t: t + 4, lambda t: 2 * t, lambda t: 2 * t + 1):
+        assert banks(row_at(8 + feature(t)) + 4 * g for g, t in lanes) == 32
+    assert sorted(row_at(f) for f in range(32)) == [32 * f for f in range(32)]
