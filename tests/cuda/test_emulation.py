@@ -52,3 +52,13 @@ def test_faults_are_reported_with_kernel_and_thread(variant, case):
     text = said(variant, case, 1)
     assert REPORTED[case] in text
     assert case in text or "nothing" in text
+
+
+def test_rows_under_the_sanitizers():
+    """langevin_noise and langevin_step at awkward sizes, no byte beyond their tensors."""
+    kernels = [ROOT / "csrc/cuda" / f"{name}.cu" for name in ("langevin_noise", "langevin_step")]
+    sources = [Path(__file__).with_name("rows_check.cpp"), *SOURCES[1:], *kernels]
+    program = built("rows_sanitized", sources, [*FLAGS, *SANITIZERS], [], "rows_check")
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "ok\n"

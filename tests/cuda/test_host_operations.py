@@ -9,7 +9,7 @@ import torch
 from host_build import H100, host_module, on_host
 
 from jlebm_fast import backends, precision
-from jlebm_fast.backends import cuda, eager
+from jlebm_fast.backends import _native, cuda, eager
 from jlebm_fast.problem import MLP, MLPSpec, Record, Update
 
 KEY = 0xFEDCBA9876543210
@@ -229,3 +229,26 @@ def test_precision_numbers_and_workspaces_are_checked(small):
     streamed = on_host(limits=(2, 12000))
     n_bytes, regime = streamed.plan("mlp_energy_grad", small.spec, 3, True, z.device)
     assert regime.startswith("streamed") == (n_bytes > 0)
+
+
+@pytest.mark.skipif(
+    _native.unavailable_reason() is not None or not _native.load().cuda or _native.load().cuda_driver_version() > 0,
+    reason="needs the module built with CUDA, and no driver",
+)
+def test_a_launch_without_a_driver_names_kernel_file_and_remedy():
+    place = (0, 0, 0, 0, 0, *H100)
+    with pytest.raises(
+        RuntimeError, match=r"langevin_noise_kernel.*\(csrc/cuda/langevin_noise.cu:\d+\).*install the driver"
+    ):
+        _native.load().cuda_langevin_noise(
+            noise_key=1,
+            noise_key_at=0,
+            first_step=0,
+            first_chain=0,
+            stream=0,
+            n_steps=1,
+            chains=2,
+            dim=4,
+            out=0,
+            launch=place,
+        )
