@@ -214,7 +214,7 @@ class FastLangevin:
                       not triton: backend='eager' was asked for
                       not cpu: backend='eager' was asked for
         """
-        with chain_mode(device_of(z)):
+        with chain_mode(device_of(z)), precision.using(self.precision):
             flat, layout = flatten_latents(z)
             return explain(self, flat, layout, context, y)
 
