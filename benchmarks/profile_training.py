@@ -116,7 +116,8 @@ def main() -> None:
     print(table(results))
     for result in results:
         print(f"{result['case']}: an iteration is {result['iteration_times_faster']:.1f} times faster")
-    written = {"command": "python benchmarks/profile_training.py", "machine": machine.describe()}
+    command = f"python benchmarks/profile_training.py --rounds {options.rounds} --threads {options.threads}"
+    written = {"command": command, "machine": machine.describe()}
     written["threads"] = options.threads
     options.out.write_text(json.dumps(written | {"results": results}, indent=1) + "\n")
     print(options.out)
