@@ -40,7 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _missing_module(error)
     except RunError as error:
         # what all ranks of a run end with is said by one of them
-        return FAILURE if error.shared and os.environ.get("RANK", "0") != "0" else _fail(str(error))
+        code = FAILURE if error.shared and os.environ.get("RANK", "0") != "0" else _fail(str(error))
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            # The error still holds the group of ranks, whose release can wait for ever for one that has left.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
     except OSError as error:  # a full disk, a folder without permission: nothing to learn from a traceback
         return _fail(f"{error.strerror or error}" + (f': "{error.filename}"' if error.filename else ""))
     except KeyboardInterrupt:
