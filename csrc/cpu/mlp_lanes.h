@@ -177,14 +177,14 @@ inline void last_layer_of_identity_head(const PackedMlp& packed, MlpWorkspace<V>
             leaky_delta_and_energy<V>(positive + at / kRow, negative + at / kRow, slope + at, n_vectors, energy);
         });
     } else {
-        // without the energy nobody needs h: phi' then replaces the pre-activation where it stands
-        float* const pre = energy ? ws.pre[last & 1] : slope;
+        // phi' replaces the pre-activation where it stands; only the energy needs h, and only one tile of it at a time
+        float* const h = energy ? ws.pre[last & 1] : nullptr;
         const ActivateRows activate = activate_rows_of(mlp.activations[last]);
         const float param = mlp.activation_params[last];
-        run_layer<V>(layer, in, context, pre, StoreSum{}, [=](int64_t at, int64_t n_vectors) {
-            activate(pre + at, param, energy ? pre + at : nullptr, slope + at, n_vectors);
+        run_layer<V>(layer, in, context, slope, StoreSum{}, [=](int64_t at, int64_t n_vectors) {
+            activate(slope + at, param, h, slope + at, n_vectors);
+            if (energy) add_energy<V>(positive + at / kRow, h, n_vectors, energy);
             delta_of_slope<V>(positive + at / kRow, slope + at, n_vectors);
-            if (energy) add_energy<V>(positive + at / kRow, pre + at, n_vectors, energy);
         });
     }
 }

@@ -155,16 +155,19 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
     chains, dim = z.shape
     n_kept = n_steps // record.thin
     energy = grad_norm = displacement = first_bad_step = trajectory = None
+    fused = fits_lanes(mlp.spec)
     if record.diagnostics:
-        energy, grad_norm, displacement = (z.new_empty(n_kept, chains) for _ in range(3))
-        first_bad_step = torch.full((chains,), -1, dtype=torch.int64, device=z.device)
+        # one allocation: in short runs they are a good part of what diagnostics cost
+        energy, grad_norm, displacement = z.new_empty((3, n_kept, chains)).unbind()
+        first_bad_step = torch.empty(chains, dtype=torch.int64, device=z.device)
+        if not fused:  # the kernel begins each chain with -1 itself
+            first_bad_step.fill_(-1)
     if record.trajectory:
-        trajectory = z.new_empty(n_kept, chains, dim)
-    nothing = not record.diagnostics and not record.trajectory
+        trajectory = z.new_empty((n_kept, chains, dim))
     result = ChainResult(torch.empty_like(z), energy, grad_norm, displacement, first_bad_step, trajectory)
     if chains == 0:
         return result
-    if not fits_lanes(mlp.spec):
+    if not fused:
         cpu_blas.mlp_langevin_chain(z, mlp, update, n_steps, record, result, langevin_step)
         return result
     with _Addresses() as address:
@@ -174,7 +177,7 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
             z=address(z),
             mlp=_mlp_fields(mlp, address),
             update=_update_fields(update, address),
-            record=(record.thin, 0, 0, 0, 0, 0) if nothing else (record.thin, *[address(t) for t in result[1:]]),
+            record=(record.thin, *[0 if t is None else t.data_ptr() for t in result[1:]]),
             out=result.z.data_ptr(),
             n_threads=torch.get_num_threads(),
         )
