@@ -157,8 +157,8 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
     energy = grad_norm = displacement = first_bad_step = trajectory = None
     fused = fits_lanes(mlp.spec)
     if record.diagnostics:
-        # one allocation: in short runs they are a good part of what diagnostics cost
-        energy, grad_norm, displacement = z.new_empty((3, n_kept, chains)).unbind()
+        # each in memory of its own: results of a registered operator must not be views of one another
+        energy, grad_norm, displacement = (z.new_empty((n_kept, chains)) for _ in range(3))
         first_bad_step = torch.empty(chains, dtype=torch.int64, device=z.device)
         if not fused:  # the kernel begins each chain with -1 itself
             first_bad_step.fill_(-1)
