@@ -1,6 +1,8 @@
 // Between the caller's rows, [chains, n], and the kernels' lanes, [n][V * kLanes].
 #pragma once
 
+#include <cstring>
+
 #include "cpu/simd.h"
 
 namespace jlebm {
@@ -21,6 +23,14 @@ inline void rows_from_lanes(float* rows, const float* from, int64_t n, int64_t f
     constexpr int kRow = V * kLanes;
     for (int c = 0; c < count; ++c)
         for (int64_t k = 0; k < n; ++k) rows[(first_chain + c) * n + k] = from[k * kRow + c];
+}
+
+// one value of each chain
+template <int V>
+inline void rows_from_vectors(float* rows, const F* values, int64_t first_chain, int count) {
+    float row[V * kLanes];
+    for (int v = 0; v < V; ++v) store(row + v * kLanes, values[v]);
+    std::memcpy(rows + first_chain, row, size_t(count) * sizeof(float));
 }
 
 } // namespace JLEBM_TARGET

@@ -6,85 +6,75 @@
 // each [units, chains], feature by feature as the lanes hold them, so that a block writes whole vectors and a matrix
 // library takes the sums over chains. Without hidden and delta, and without grad, only the forward half runs.
 // Compiled once per target.
+#include "cpu/chain_blocks.h"
 #include "cpu/kernels_target.h"
-#include "cpu/mlp_lanes.h"
-#include "cpu/schedule.h"
 
 namespace jlebm {
 namespace JLEBM_TARGET {
 namespace {
 
-// lanes [n][V * kLanes] -> columns [first, first + count) of [n, chains]
 template <int V>
-void features_from_lanes(float* to, const float* lanes, int64_t n, int64_t chains, int64_t first, int count) {
-    for (int64_t k = 0; k < n; ++k)
-        std::memcpy(to + k * chains + first, lanes + k * V * kLanes, size_t(count) * sizeof(float));
-}
+class EnergyLayersBlock {
+public:
+    static int64_t floats(const MlpEnergyLayersParams& p) { return MlpWorkspace<V>::floats(p.mlp); }
 
-template <int V>
-void run_block(const MlpEnergyLayersParams& p, const PackedMlp& packed, int64_t first, Arena arena) {
-    const MlpParams& mlp = p.mlp;
-    const int count = int(std::min<int64_t>(V * kLanes, p.chains - first));
-    MlpWorkspace<V> ws;
-    ws.take(packed, arena);
-    lanes_from_rows<V>(ws.z, p.z, mlp.dim(), first, count);
-    if (ws.context) lanes_from_rows<V>(ws.context, mlp.context_bias, mlp.widths[1], first, count);
-    I chosen[V];
-    chosen_logits<V>(chosen, mlp.logit, first, count);
-    const float* h = ws.z;
-    float* hidden = p.hidden;
-    for (int l = 0; l < mlp.n_hidden; ++l) {
-        const int64_t width = mlp.widths[l + 1];
-        h = hidden_layer<V>(packed, ws, l, h);
-        if (hidden) features_from_lanes<V>(hidden, h, width, p.chains, first, count), hidden += width * p.chains;
+    EnergyLayersBlock(const MlpEnergyLayersParams& p, const PackedMlp& packed, int64_t first, Arena arena)
+        : p_(p), packed_(packed), first_(first), count_(block_chains<V>(first, p.chains)) {
+        ws_.take(packed, arena);
     }
-    run_layer<V>(packed.forward[mlp.n_hidden], h, nullptr, ws.logits, StoreSum{});
-    F energy[V];
-    apply_head<V>(mlp, ws.logits, chosen, energy);
-    float row[V * kLanes];
-    for (int v = 0; v < V; ++v) store(row + v * kLanes, energy[v]);
-    std::memcpy(p.energy + first, row, size_t(count) * sizeof(float));
-    if (!p.delta && !p.grad) return;
-    float* delta_end = p.delta;
-    if (delta_end)
-        for (int l = 0; l <= mlp.n_hidden; ++l) delta_end += mlp.widths[l + 1] * p.chains;
-    const float* delta = ws.logits;
-    for (int l = mlp.n_hidden; l >= 0; --l) {
-        const int64_t width = mlp.widths[l + 1];
-        if (delta_end) features_from_lanes<V>(delta_end -= width * p.chains, delta, width, p.chains, first, count);
-        if (l == 0) break;
-        float* const to = ws.slope[l - 1];
-        if (packed.fused[l - 1])
-            run_layer<V>(packed.backward[l], delta, nullptr, to, LeakyBackward{packed.slope[l - 1]});
-        else
-            run_layer<V>(packed.backward[l], delta, nullptr, to, SlopeBackward{});
-        delta = to;
+
+    void run(int64_t, int64_t) {
+        const MlpParams& mlp = p_.mlp;
+        I chosen[V];
+        ws_.load_chains(mlp, p_.z, first_, count_, chosen);
+        const float* h = ws_.z;
+        float* hidden = p_.hidden;
+        for (int l = 0; l < mlp.n_hidden; ++l) {
+            h = hidden_layer<V>(packed_, ws_, l, h);
+            if (hidden) write_columns(hidden, h, mlp.widths[l + 1]), hidden += mlp.widths[l + 1] * p_.chains;
+        }
+        run_layer<V>(packed_.forward[mlp.n_hidden], h, nullptr, ws_.logits, StoreSum{});
+        F energy[V];
+        apply_head<V>(mlp, ws_.logits, chosen, energy);
+        rows_from_vectors<V>(p_.energy, energy, first_, count_);
+        if (p_.delta || p_.grad) backward();
     }
-    if (!p.grad) return;
-    run_layer<V>(packed.backward[0], delta, nullptr, ws.grad, StoreSum{});
-    rows_from_lanes<V>(p.grad, ws.grad, mlp.dim(), first, count);
-}
+
+private:
+    void backward() {
+        const MlpParams& mlp = p_.mlp;
+        float* to = p_.delta; // the deltas end here, and are written from the last one down
+        if (to)
+            for (int l = 0; l <= mlp.n_hidden; ++l) to += mlp.widths[l + 1] * p_.chains;
+        const float* delta = ws_.logits;
+        for (int l = mlp.n_hidden;; --l) {
+            if (to) write_columns(to -= mlp.widths[l + 1] * p_.chains, delta, mlp.widths[l + 1]);
+            if (l == 0) break;
+            delta_of_layer<V>(packed_, ws_, l - 1, delta);
+            delta = ws_.slope[l - 1];
+        }
+        if (!p_.grad) return;
+        run_layer<V>(packed_.backward[0], delta, nullptr, ws_.grad, StoreSum{});
+        rows_from_lanes<V>(p_.grad, ws_.grad, mlp.dim(), first_, count_);
+    }
+
+    // lanes [n][V * kLanes] -> this block's columns of [n, chains]
+    void write_columns(float* to, const float* lanes, int64_t n) const {
+        for (int64_t k = 0; k < n; ++k)
+            std::memcpy(to + k * p_.chains + first_, lanes + k * V * kLanes, size_t(count_) * sizeof(float));
+    }
+
+    const MlpEnergyLayersParams& p_;
+    const PackedMlp& packed_;
+    const int64_t first_;
+    const int count_;
+    MlpWorkspace<V> ws_;
+};
 
 } // namespace
 
 void mlp_energy_layers(const MlpEnergyLayersParams& p, int n_threads) {
-    constexpr int kUnitChains = kNarrow * kLanes;
-    const Schedule schedule((p.chains + kUnitChains - 1) / kUnitChains, 1, kWide / kNarrow, n_threads);
-    const int64_t block_floats = MlpWorkspace<kWide>::floats(p.mlp);
-    const int64_t packed = packed_floats(p.mlp);
-    static thread_local ArenaStorage storage;
-    float* memory = storage.reserve(packed + block_floats * schedule.workers());
-    Arena weights(memory, packed);
-    const PackedMlp mlp = pack_mlp(p.mlp, weights);
-    schedule.run([&](const Piece& piece) {
-        const Arena arena(memory + packed + block_floats * piece.worker, block_floats);
-        const int64_t first = piece.first_unit * kUnitChains;
-        if (kNarrow != kWide && piece.units == 1)
-            run_block<kNarrow>(p, mlp, first, arena);
-        else
-            run_block<kWide>(p, mlp, first, arena);
-    });
-    storage.release_if_large();
+    run_blocks<EnergyLayersBlock>(p, 1, n_threads);
 }
 
 } // namespace JLEBM_TARGET

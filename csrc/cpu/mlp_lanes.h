@@ -95,6 +95,13 @@ struct MlpWorkspace {
         logits = arena.take(kRow * int64_t(mlp.n_logits()));
         context = mlp.context_bias ? arena.take(kRow * int64_t(mlp.widths[1])) : nullptr;
     }
+
+    // the caller's rows of chains [first, first + count)
+    void load_chains(const MlpParams& mlp, const float* z_rows, int64_t first, int count, I* chosen) {
+        lanes_from_rows<V>(z, z_rows, mlp.dim(), first, count);
+        if (context) lanes_from_rows<V>(context, mlp.context_bias, mlp.widths[1], first, count);
+        chosen_logits<V>(chosen, mlp.logit, first, count);
+    }
 };
 
 // Rows of one tile of the last hidden layer below an identity head, [n_vectors / V][V * kLanes]; w = out_scale W_out.
@@ -189,6 +196,15 @@ inline void last_layer_of_identity_head(const PackedMlp& packed, MlpWorkspace<V>
     }
 }
 
+// delta_l into ws.slope[l], from delta_{l+1}
+template <int V>
+inline void delta_of_layer(const PackedMlp& packed, MlpWorkspace<V>& ws, int l, const float* delta_above) {
+    if (packed.fused[l])
+        run_layer<V>(packed.backward[l + 1], delta_above, nullptr, ws.slope[l], LeakyBackward{packed.slope[l]});
+    else
+        run_layer<V>(packed.backward[l + 1], delta_above, nullptr, ws.slope[l], SlopeBackward{});
+}
+
 // grad f into ws.grad; f into energy[V] if asked for
 template <int V>
 inline void energy_and_grad(const PackedMlp& packed, MlpWorkspace<V>& ws, const I* chosen, bool want_energy,
@@ -197,22 +213,15 @@ inline void energy_and_grad(const PackedMlp& packed, MlpWorkspace<V>& ws, const 
     const int last = mlp.n_hidden - 1;
     const float* h = ws.z;
     for (int l = 0; l < last; ++l) h = hidden_layer<V>(packed, ws, l, h);
-    const auto backward = [&](int l, const float* delta) {
-        float* const to = ws.slope[l];
-        if (packed.fused[l])
-            run_layer<V>(packed.backward[l + 1], delta, nullptr, to, LeakyBackward{packed.slope[l]});
-        else
-            run_layer<V>(packed.backward[l + 1], delta, nullptr, to, SlopeBackward{});
-    };
     if (mlp.head == Head::kIdentity) {
         last_layer_of_identity_head<V>(packed, ws, h, want_energy ? energy : nullptr);
     } else {
         h = hidden_layer<V>(packed, ws, last, h);
         run_layer<V>(packed.forward[last + 1], h, nullptr, ws.logits, StoreSum{});
         apply_head<V>(mlp, ws.logits, chosen, energy);
-        backward(last, ws.logits);
+        delta_of_layer<V>(packed, ws, last, ws.logits);
     }
-    for (int l = last - 1; l >= 0; --l) backward(l, ws.slope[l + 1]);
+    for (int l = last - 1; l >= 0; --l) delta_of_layer<V>(packed, ws, l, ws.slope[l + 1]);
     run_layer<V>(packed.backward[0], ws.slope[0], nullptr, ws.grad, StoreSum{});
 }
 

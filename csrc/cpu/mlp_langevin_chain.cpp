@@ -2,21 +2,13 @@
 //
 //     z <- z + c_grad * grad f(z) + c_prior * ((mean - z) * precision + extra_grad) + c_noise * eps
 // Compiled once per target.
+#include "cpu/chain_blocks.h"
 #include "cpu/kernels_target.h"
-#include "cpu/mlp_lanes.h"
-#include "cpu/schedule.h"
 #include "cpu/update_lanes.h"
 
 namespace jlebm {
 namespace JLEBM_TARGET {
 namespace {
-
-template <int V>
-void write_lanes(float* to, int64_t first, int count, const F* values) {
-    float row[V * kLanes];
-    for (int v = 0; v < V; ++v) store(row + v * kLanes, values[v]);
-    std::memcpy(to + first, row, size_t(count) * sizeof(float));
-}
 
 template <int V>
 class ChainBlock {
@@ -27,7 +19,7 @@ public:
 
     ChainBlock(const MlpLangevinChainParams& p, const PackedMlp& packed, int64_t first_chain, Arena arena)
         : p_(p), packed_(packed), dim_(p.mlp.dim()), first_(first_chain),
-          count_(int(std::min<int64_t>(V * kLanes, p.chains - first_chain))) {
+          count_(block_chains<V>(first_chain, p.chains)) {
         mlp_.take(packed, arena);
         update_.take(p.update, dim_, arena);
     }
@@ -35,10 +27,8 @@ public:
     void run(int64_t begin, int64_t end) {
         const RecordParams& record = p_.record;
         // a block that another worker began goes on from where it stands in the output
-        lanes_from_rows<V>(mlp_.z, begin == 0 ? p_.z : p_.out, dim_, first_, count_);
-        if (mlp_.context) lanes_from_rows<V>(mlp_.context, p_.mlp.context_bias, p_.mlp.widths[1], first_, count_);
+        mlp_.load_chains(p_.mlp, begin == 0 ? p_.z : p_.out, first_, count_, chosen_);
         update_.load_chains(p_.update, dim_, first_, count_);
-        chosen_logits<V>(chosen_, p_.mlp.logit, first_, count_);
         if (record.first_bad_step && begin == 0) std::fill_n(record.first_bad_step + first_, count_, int64_t(-1));
 
         const bool diagnostics = record.energy || record.grad_norm || record.displacement || record.first_bad_step;
@@ -83,14 +73,14 @@ private:
         if (!kept) return;
         const int64_t at = kept_index(step) * p_.chains;
         F norm[V];
-        if (record.energy) write_lanes<V>(record.energy + at, first_, count_, energy);
+        if (record.energy) rows_from_vectors<V>(record.energy + at, energy, first_, count_);
         if (record.grad_norm) {
             for (int v = 0; v < V; ++v) norm[v] = rn_sqrt(sums[v].grad2);
-            write_lanes<V>(record.grad_norm + at, first_, count_, norm);
+            rows_from_vectors<V>(record.grad_norm + at, norm, first_, count_);
         }
         if (record.displacement) {
             for (int v = 0; v < V; ++v) norm[v] = rn_sqrt(sums[v].move2);
-            write_lanes<V>(record.displacement + at, first_, count_, norm);
+            rows_from_vectors<V>(record.displacement + at, norm, first_, count_);
         }
     }
 
@@ -106,24 +96,7 @@ private:
 } // namespace
 
 void mlp_langevin_chain(const MlpLangevinChainParams& p, int n_threads) {
-    constexpr int kUnitChains = kNarrow * kLanes;
-    const Schedule schedule((p.chains + kUnitChains - 1) / kUnitChains, p.n_steps, kWide / kNarrow, n_threads);
-    const int64_t block_floats = ChainBlock<kWide>::floats(p);
-    const int64_t packed = packed_floats(p.mlp);
-    static thread_local ArenaStorage storage;
-    const int64_t total = packed + block_floats * schedule.workers();
-    float* memory = storage.reserve(total);
-    Arena weights(memory, packed);
-    const PackedMlp mlp = pack_mlp(p.mlp, weights);
-    schedule.run([&](const Piece& piece) {
-        const Arena arena(memory + packed + block_floats * piece.worker, block_floats);
-        const int64_t first = piece.first_unit * kUnitChains;
-        if (kNarrow != kWide && piece.units == 1)
-            ChainBlock<kNarrow>(p, mlp, first, arena).run(piece.begin, piece.end);
-        else
-            ChainBlock<kWide>(p, mlp, first, arena).run(piece.begin, piece.end);
-    });
-    storage.release_if_large();
+    run_blocks<ChainBlock>(p, p.n_steps, n_threads);
 }
 
 } // namespace JLEBM_TARGET
