@@ -123,6 +123,20 @@ class LatentEnergy(nn.Module):
         return self.ebm(z.squeeze()).view(-1, 1, 1, 1)
 
 
+def nearest_kink(z, net, form, args, noise):
+    """The smallest |pre-activation| that each chain of the loop meets; [chains]."""
+    nearest = torch.full((len(z),), torch.inf, dtype=z.dtype)
+
+    def note(module, inputs):
+        torch.minimum(nearest, inputs[0].detach().abs().amin(1), out=nearest)
+
+    hooks = [m.register_forward_pre_hook(note) for m in net.ebm if isinstance(m, nn.LeakyReLU)]
+    latent_loop(z, net, form, args, noise)
+    for hook in hooks:
+        hook.remove()
+    return nearest
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.LeakyReLU(0.2)], ids=["gelu", "leaky_relu"])
 @pytest.mark.parametrize("with_noise", [True, False])
@@ -136,11 +150,14 @@ def test_latent_prior(form, activation, with_noise):
     expected, norm = latent_loop(z, net, form, args, noise_of_the_next_call(100))
     ours, our_norm = jf.compat.sample_langevin_prior_z(z, net, args)
     assert ours.shape == z.shape
-    worst = (ours - expected).abs().flatten(1).amax(1)
-    if isinstance(activation, nn.GELU):
-        assert worst.max() <= 1e-5
-    else:
-        # where one of 24,000 units meets the kink of a LeakyReLU within float32's rounding, either side is right
-        assert worst.quantile(0.98) <= 1e-5
-        assert worst.max() <= 1e-3
+    off = (ours - expected).abs().flatten(1).amax(1)
+    sure = torch.ones(CHAINS, dtype=torch.bool)
+    if isinstance(activation, nn.LeakyReLU):
+        # at the kink the last bit of a pre-activation decides between two slopes, and either is right
+        torch.manual_seed(4)
+        noise = noise_of_the_next_call(100)
+        sure = nearest_kink(z.double(), net.double(), form, args, noise.double()) > 1e-6
+        assert sure.float().mean() >= 0.5
+    assert off[sure].max() <= 1e-5
+    assert off.max() <= 1e-3
     torch.testing.assert_close(our_norm, norm, rtol=1e-4, atol=1e-6)
