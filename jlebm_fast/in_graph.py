@@ -89,7 +89,9 @@ def mlp_of(
         mlp = _read(net, *known)
     else:
         return None
-    return mlp if sampler.maximize else MLP(_negated(mlp.spec), *mlp[1:])
+    if sampler.maximize:
+        return mlp
+    return MLP(_negated(mlp.spec), mlp.weights, mlp.biases, mlp.context_bias, mlp.logit)
 
 
 def _negated(spec: MLPSpec) -> MLPSpec:

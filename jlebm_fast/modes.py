@@ -43,9 +43,10 @@ class chain_mode:
 
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for tensors of that device; never on devices that have none."""
-    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+    return _any_autocast() and _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
+_any_autocast = torch._C._is_any_autocast_enabled  # a tenth of the time of asking for one device
 _has_autocast = functools.cache(torch.amp.autocast_mode.is_autocast_available)
 
 

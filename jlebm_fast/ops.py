@@ -234,17 +234,15 @@ def check_mlp(mlp: MLP, z: Tensor) -> None:
     if len(mlp.weights) != spec.n_hidden + 1 or len(mlp.biases) != spec.n_hidden + 1:
         raise ValueError(f"the MLP must have {spec.n_hidden + 1} weights and biases, got {len(mlp.weights)}")
     widths, dtype, device = spec.widths, z.dtype, z.device
-    for layer, weight in enumerate(mlp.weights):
-        shape = (widths[layer + 1], widths[layer])
-        if weight.shape != shape or weight.dtype is not dtype or weight.device != device:
+    for layer, (weight, bias, n_in, n_out) in enumerate(zip(mlp.weights, mlp.biases, widths, widths[1:])):
+        if weight.shape != (n_out, n_in) or weight.dtype is not dtype or weight.device != device:
             raise ValueError(
-                f"weight {layer} of the energy must be {list(shape)} {dtype_name(dtype)} on {device} like z, "
+                f"weight {layer} of the energy must be {[n_out, n_in]} {dtype_name(dtype)} on {device} like z, "
                 f"got {describe(weight)}"
             )
-        bias = mlp.biases[layer]
-        if bias is not None and (bias.shape != shape[:1] or bias.dtype is not dtype or bias.device != device):
+        if bias is not None and (bias.shape != (n_out,) or bias.dtype is not dtype or bias.device != device):
             raise ValueError(
-                f"bias {layer} of the energy must be {list(shape[:1])} {dtype_name(dtype)} on {device} like z, "
+                f"bias {layer} of the energy must be {[n_out]} {dtype_name(dtype)} on {device} like z, "
                 f"got {describe(bias)}"
             )
     if mlp.context_bias is not None:

@@ -5,9 +5,10 @@ import torch
 from reference import moved, plain_update, random_mlp
 from torch.library import opcheck
 
+import jlebm_fast as jf
 from jlebm_fast import ops, registration, rng
 from jlebm_fast.backends import eager
-from jlebm_fast.problem import MLP, Record
+from jlebm_fast.problem import MLP, Record, Update
 
 OPERATORS = registration.operators
 
@@ -143,12 +144,16 @@ def test_gradcheck_and_gradgradcheck():
 
 
 def test_export_holds_the_operator():
-    z, mlp = normal(3, 4), random_mlp((4, 5, 1))
-
     class Chain(torch.nn.Module):
-        def forward(self, z):
-            return ops.mlp_langevin_chain(z, mlp, plain_update(2, 4), 2).z
+        def __init__(self):
+            super().__init__()
+            self.f = jf.EnergyMLP(4, 5, 1)
+            self.register_buffer("step_coefficients", plain_update(2, 4).step_coefficients)
 
-    program = torch.export.export(Chain(), (z,))
+        def forward(self, z):
+            return ops.mlp_langevin_chain(z, self.f.mlp(z), Update(self.step_coefficients, noise_key=9), 2).z
+
+    chain, z = Chain(), normal(3, 4)
+    program = torch.export.export(chain, (z,))
     assert "jlebm_fast.mlp_langevin_chain" in str(program.graph)
-    assert torch.equal(program.module()(z), Chain()(z))
+    assert torch.equal(program.module()(z), chain(z))

@@ -40,17 +40,15 @@ def unavailable_reason(name: str) -> str | None:
 def reason_against(
     name: str,
     op: str,
-    *,
     device: torch.device,
     dtype: torch.dtype,
     spec: MLPSpec | None = None,
     update: Update | None = None,
 ) -> str | None:
     """Why this backend cannot serve this call; None if it can."""
-    reason = unavailable_reason(name)
-    if reason is None:
-        reason = load(name).unsupported_reason(op, device=device, dtype=dtype, spec=spec, update=update)
-    return reason
+    return unavailable_reason(name) or load(name).unsupported_reason(
+        op, device=device, dtype=dtype, spec=spec, update=update
+    )
 
 
 def check_name(backend: str) -> str:
@@ -80,7 +78,7 @@ def choose(
         ValueError: a backend asked for by name cannot serve it; the message carries the reason.
     """
     for name in candidates(backend, device):
-        reason = reason_against(name, op, device=device, dtype=dtype, spec=spec, update=update)
+        reason = reason_against(name, op, device, dtype, spec, update)
         if reason is None:
             return load(name)
     raise ValueError(f"backend {name!r} cannot run {op}: {reason}")

@@ -93,16 +93,16 @@ def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor:
     """One update of z [chains, dim] with a given gradient [chains, dim]."""
     out = torch.empty_like(z)
     if out.numel():
-        with _Addresses() as address:
-            _native.load().cpu_langevin_step(
-                chains=z.shape[0],
-                dim=z.shape[1],
-                z=address(z),
-                grad=address(grad),
-                update=_update_fields(update, address),
-                out=out.data_ptr(),
-                n_threads=torch.get_num_threads(),
-            )
+        address = _Addresses()
+        _native.load().cpu_langevin_step(
+            chains=z.shape[0],
+            dim=z.shape[1],
+            z=address(z),
+            grad=address(grad),
+            update=_update_fields(update, address),
+            out=out.data_ptr(),
+            n_threads=torch.get_num_threads(),
+        )
     return out
 
 
@@ -112,15 +112,15 @@ def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor]:
         return cpu_blas.mlp_energy_grad(z, mlp)
     energy, grad = z.new_empty(z.shape[0]), torch.empty_like(z)
     if energy.numel():
-        with _Addresses() as address:
-            _native.load().cpu_mlp_energy_grad(
-                chains=z.shape[0],
-                z=address(z),
-                mlp=_mlp_fields(mlp, address),
-                energy=energy.data_ptr(),
-                grad=grad.data_ptr(),
-                n_threads=torch.get_num_threads(),
-            )
+        address = _Addresses()
+        _native.load().cpu_mlp_energy_grad(
+            chains=z.shape[0],
+            z=address(z),
+            mlp=_mlp_fields(mlp, address),
+            energy=energy.data_ptr(),
+            grad=grad.data_ptr(),
+            n_threads=torch.get_num_threads(),
+        )
     return energy, grad
 
 
@@ -136,17 +136,17 @@ def mlp_energy_layers(
     hidden, delta = (z.new_empty(units - widths[-1], chains), z.new_empty(units, chains)) if layers else (None, None)
     gradient = torch.empty_like(z) if grad else None
     if chains:
-        with _Addresses() as address:
-            _native.load().cpu_mlp_energy_layers(
-                chains=chains,
-                z=address(z),
-                mlp=_mlp_fields(mlp, address),
-                energy=energy.data_ptr(),
-                hidden=address(hidden),
-                delta=address(delta),
-                grad=address(gradient),
-                n_threads=torch.get_num_threads(),
-            )
+        address = _Addresses()
+        _native.load().cpu_mlp_energy_layers(
+            chains=chains,
+            z=address(z),
+            mlp=_mlp_fields(mlp, address),
+            energy=energy.data_ptr(),
+            hidden=address(hidden),
+            delta=address(delta),
+            grad=address(gradient),
+            n_threads=torch.get_num_threads(),
+        )
     return energy, hidden, delta, gradient
 
 
@@ -170,36 +170,29 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
     if not fused:
         cpu_blas.mlp_langevin_chain(z, mlp, update, n_steps, record, result, langevin_step)
         return result
-    with _Addresses() as address:
-        _native.load().cpu_mlp_langevin_chain(
-            chains=chains,
-            n_steps=n_steps,
-            z=address(z),
-            mlp=_mlp_fields(mlp, address),
-            update=_update_fields(update, address),
-            record=(record.thin, *[0 if t is None else t.data_ptr() for t in result[1:]]),
-            out=result.z.data_ptr(),
-            n_threads=torch.get_num_threads(),
-        )
+    address = _Addresses()
+    _native.load().cpu_mlp_langevin_chain(
+        chains=chains,
+        n_steps=n_steps,
+        z=address(z),
+        mlp=_mlp_fields(mlp, address),
+        update=_update_fields(update, address),
+        record=(record.thin, *[0 if t is None else t.data_ptr() for t in result[1:]]),
+        out=result.z.data_ptr(),
+        n_threads=torch.get_num_threads(),
+    )
     return result
 
 
-class _Addresses:
-    """Addresses of tensors as integers, 0 for None; keeps what it had to copy alive until the kernel has returned."""
-
-    def __enter__(self) -> _Addresses:
-        self._alive: list[Tensor] = []
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._alive.clear()
+class _Addresses(list):
+    """Addresses of tensors as integers, 0 for None; holds what it had to copy, alive for as long as it lives itself."""
 
     def __call__(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
-            self._alive.append(tensor)
+            self.append(tensor)
         return tensor.data_ptr()
 
 

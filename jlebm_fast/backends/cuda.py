@@ -95,17 +95,17 @@ class Kernels:
         out = torch.empty_like(z)
         if out.numel():
             number, at = _key_fields(update.noise_key, z.device)
-            with _Addresses() as address:
-                self.native.cuda_langevin_step(
-                    chains=z.shape[0],
-                    dim=z.shape[1],
-                    z=address(z),
-                    grad=address(grad),
-                    update=_update_fields(update._replace(noise_key=number), address),
-                    noise_key_at=at,
-                    out=out.data_ptr(),
-                    launch=self.launch(z.device, None),
-                )
+            address = _Addresses()
+            self.native.cuda_langevin_step(
+                chains=z.shape[0],
+                dim=z.shape[1],
+                z=address(z),
+                grad=address(grad),
+                update=_update_fields(update._replace(noise_key=number), address),
+                noise_key_at=at,
+                out=out.data_ptr(),
+                launch=self.launch(z.device, None),
+            )
         return out
 
     def mlp_energy_grad(self, z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor]:
@@ -124,17 +124,17 @@ class Kernels:
         hidden, delta = ([z.new_empty(chains, width) for width in widths] for _ in range(2))
         if chains:
             launch, _workspace = self._with_workspace("mlp_energy_grad", mlp, chains, True, z.device)
-            with _Addresses() as address:
-                self.native.cuda_mlp_energy_grad(
-                    chains=chains,
-                    z=address(z),
-                    mlp=_mlp_fields(mlp, address),
-                    energy=energy.data_ptr(),
-                    grad=grad.data_ptr(),
-                    hidden=[h.data_ptr() for h in hidden],
-                    delta=[d.data_ptr() for d in delta],
-                    launch=launch,
-                )
+            address = _Addresses()
+            self.native.cuda_mlp_energy_grad(
+                chains=chains,
+                z=address(z),
+                mlp=_mlp_fields(mlp, address),
+                energy=energy.data_ptr(),
+                grad=grad.data_ptr(),
+                hidden=[h.data_ptr() for h in hidden],
+                delta=[d.data_ptr() for d in delta],
+                launch=launch,
+            )
         return energy, grad, hidden, delta
 
     def mlp_langevin_chain(self, z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:
@@ -154,18 +154,18 @@ class Kernels:
         # an empty record (n_kept = 0) has no address, and then nothing is kept
         energies = record.diagnostics and n_kept > 0
         launch, _workspace = self._with_workspace("mlp_langevin_chain", mlp, chains, energies, z.device)
-        with _Addresses() as address:
-            self.native.cuda_mlp_langevin_chain(
-                chains=chains,
-                n_steps=n_steps,
-                z=address(z),
-                mlp=_mlp_fields(mlp, address),
-                update=_update_fields(update._replace(noise_key=number), address),
-                noise_key_at=at,
-                record=(record.thin, *[address(t) for t in result[1:]]),
-                out=result.z.data_ptr(),
-                launch=launch,
-            )
+        address = _Addresses()
+        self.native.cuda_mlp_langevin_chain(
+            chains=chains,
+            n_steps=n_steps,
+            z=address(z),
+            mlp=_mlp_fields(mlp, address),
+            update=_update_fields(update._replace(noise_key=number), address),
+            noise_key_at=at,
+            record=(record.thin, *[address(t) for t in result[1:]]),
+            out=result.z.data_ptr(),
+            launch=launch,
+        )
         return result
 
     def advance_noise_key(self, noise_key: Tensor) -> None:
@@ -188,8 +188,8 @@ def _key_fields(noise_key: int | Tensor, device: torch.device) -> tuple[int, int
 def _shape_fields(spec: MLPSpec) -> tuple:
     """An MLP's fields without parameters, for questions about sizes."""
     nothing = [None] * (spec.n_hidden + 1)
-    with _Addresses() as address:
-        fields = _mlp_fields(MLP(spec, (), tuple(nothing)), address)
+    address = _Addresses()
+    fields = _mlp_fields(MLP(spec, (), tuple(nothing)), address)
     return (*fields[:5], [0] * (spec.n_hidden + 1), *fields[6:])
 
 

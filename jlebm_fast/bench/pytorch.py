@@ -160,8 +160,8 @@ def overhead() -> list[dict[str, object]]:
     mlp = MLP(spec, (torch.ones(4, 4), torch.ones(1, 4)), (torch.ones(4), torch.ones(1)))
     z, update = torch.ones(1, 4), Update(torch.ones(1, 3), prior_precision=torch.ones(4), noise_key=1)
     native, out, value = _native.load(), torch.empty(1, 4), torch.empty(1)
-    with cpu._Addresses() as address:
-        fields, update_fields = cpu._mlp_fields(mlp, address), cpu._update_fields(update, address)
+    address = cpu._Addresses()
+    fields, update_fields = cpu._mlp_fields(mlp, address), cpu._update_fields(update, address)
     spread_mlp, spread_update = registration.spread_mlp(mlp), registration.spread_update(update)
     at, to, operators = z.data_ptr(), out.data_ptr(), registration.operators
     rows = {

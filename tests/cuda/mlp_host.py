@@ -123,18 +123,18 @@ class Host:
         energy, grad = torch.full((z.shape[0],), math.nan), torch.full_like(z, math.nan)
         hidden, delta = ([torch.full((z.shape[0], w), math.nan) for w in mlp.spec.widths[1:-1]] for _ in range(2))
         self._want(plan)
-        with cpu._Addresses() as address:
-            fields = cpu._mlp_fields(mlp, address)
-            self.module.cuda_mlp_energy_grad(
-                chains=z.shape[0],
-                z=address(z),
-                mlp=fields,
-                energy=address(energy),
-                grad=address(grad),
-                hidden=[address(t) for t in hidden],
-                delta=[address(t) for t in delta],
-                launch=self._launch("mlp_energy_grad", z.shape[0], fields, True, address, precision, seed, limits),
-            )
+        address = cpu._Addresses()
+        fields = cpu._mlp_fields(mlp, address)
+        self.module.cuda_mlp_energy_grad(
+            chains=z.shape[0],
+            z=address(z),
+            mlp=fields,
+            energy=address(energy),
+            grad=address(grad),
+            hidden=[address(t) for t in hidden],
+            delta=[address(t) for t in delta],
+            launch=self._launch("mlp_energy_grad", z.shape[0], fields, True, address, precision, seed, limits),
+        )
         return energy, grad, hidden, delta
 
     def run_chain(
@@ -160,44 +160,44 @@ class Host:
             kept[4] = torch.full((n_kept, *z.shape), math.nan)
         out = torch.full_like(z, math.nan)
         self._want(plan)
-        with cpu._Addresses() as address:
-            fields = cpu._mlp_fields(mlp, address)
-            where = (fields, record.diagnostics, address, precision, seed, limits)
-            self.module.cuda_mlp_langevin_chain(
-                chains=z.shape[0],
-                n_steps=n_steps,
-                z=address(z),
-                mlp=fields,
-                update=cpu._update_fields(update, address),
-                noise_key_at=address(key_at),
-                record=(record.thin, *(address(t) for t in kept)),
-                out=address(out),
-                launch=self._launch("mlp_langevin_chain", z.shape[0], *where),
-            )
+        address = cpu._Addresses()
+        fields = cpu._mlp_fields(mlp, address)
+        where = (fields, record.diagnostics, address, precision, seed, limits)
+        self.module.cuda_mlp_langevin_chain(
+            chains=z.shape[0],
+            n_steps=n_steps,
+            z=address(z),
+            mlp=fields,
+            update=cpu._update_fields(update, address),
+            noise_key_at=address(key_at),
+            record=(record.thin, *(address(t) for t in kept)),
+            out=address(out),
+            launch=self._launch("mlp_langevin_chain", z.shape[0], *where),
+        )
         return ChainResult(out, *kept)
 
     def plan(self, mlp: MLP, chains: int, precision: str, *, shared: int, energies: bool = False) -> dict:
         self._want(())
-        with cpu._Addresses() as address:
-            fields = cpu._mlp_fields(mlp, address)
-            return self.module.mlp_plan(fields, chains, energies, PRECISIONS[precision], 132, shared)
+        address = cpu._Addresses()
+        fields = cpu._mlp_fields(mlp, address)
+        return self.module.mlp_plan(fields, chains, energies, PRECISIONS[precision], 132, shared)
 
     def unsupported_reason(self, mlp: MLP, precision: str, shared: int) -> str:
         self._want(())
-        with cpu._Addresses() as address:
-            launch = (0, 0, PRECISIONS[precision], 0, 0, 132, shared)
-            return self.module.cuda_mlp_unsupported_reason(mlp=cpu._mlp_fields(mlp, address), launch=launch)
+        address = cpu._Addresses()
+        launch = (0, 0, PRECISIONS[precision], 0, 0, 132, shared)
+        return self.module.cuda_mlp_unsupported_reason(mlp=cpu._mlp_fields(mlp, address), launch=launch)
 
     def _launch(self, op, chains, fields, energies, address, precision, seed, limits) -> tuple:
         launch = (0, seed, PRECISIONS[precision], 0, 0, *limits)
         n_bytes, _ = self.module.cuda_mlp_plan(op=op, chains=chains, mlp=fields, energies=energies, launch=launch)
         # exactly as many, so that the address sanitizer sees what goes beyond
         workspace = torch.empty(n_bytes, dtype=torch.uint8)
-        address._alive.append(workspace)
+        address.append(workspace)
         return (0, seed, PRECISIONS[precision], workspace.data_ptr(), n_bytes, *limits)
 
     def _want(self, plan: tuple[int, ...]) -> None:
-        self.module.want_plan((*plan, *(-1,) * (5 - len(plan))))
+        self.module.want_plan((*plan, *host_build.ANY_PLAN[len(plan) :]))
 
 
 @functools.cache
