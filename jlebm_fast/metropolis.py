@@ -13,7 +13,7 @@ from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .functional import energy_and_grad, langevin_noise, langevin_step
 from .latents import LatentLayout, flatten_latents
 from .ops import check_count, check_thin
-from .rng import COUNTER_RANGE, check_noise_key, draw_noise_key
+from .rng import COUNTER_RANGE, noise_key_of
 
 ACCEPT_REJECT = 2  # stream of the noise field: csrc/README.md, "the noise contract"
 
@@ -91,8 +91,8 @@ def mala(
     step_size = dynamics.check_schedule("step_size", step_size, 1)
     if not (step_size > 0 if isinstance(step_size, float) else bool((step_size > 0).all())):
         raise ValueError("step_size must be positive: without noise there is no density to correct")
-    key = draw_noise_key(generator) if noise_key is None else check_noise_key(noise_key)
     flat, layout = flatten_latents(z)
+    key = noise_key_of(noise_key, generator, flat.device)
     target = _Target(energy, layout, prior, maximize, backend)
     drift, _, noise = dynamics.step_coefficients(step_size, 1.0, 1)[0]
     factors = dynamics.chain_coefficients(step_size, 1.0, flat)

@@ -171,6 +171,11 @@ def _key_for(chosen: ModuleType, noise_key: int | Tensor, device: torch.device) 
         return noise_key
     if device.type != "cpu" and noise_key.device == device and getattr(chosen, "READS_KEY_TENSORS", False):
         return noise_key
+    if noise_key.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            f"backend {chosen.NAME!r} reads the noise key on the host, which no CUDA graph can capture; use backend "
+            "'cuda' or 'triton', or pass noise"
+        )
     return key_number(noise_key)
 
 

@@ -23,9 +23,7 @@ def draw_noise_key(generator: torch.Generator | None = None, device: torch.devic
     """
     source = _CPU
     if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise ValueError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-        source = generator.device
+        source = check_generator(generator).device
         if source.type not in ("cpu", device.type):
             wanted = "cpu" if device.type == "cpu" else f"cpu or {device.type}"
             raise ValueError(f"generator must be a torch.Generator on {wanted}, got one on {source}")
@@ -34,17 +32,40 @@ def draw_noise_key(generator: torch.Generator | None = None, device: torch.devic
     return low | (high << 32)
 
 
+def draw_key_in_graph(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """64 bits drawn on `device` while a CUDA graph is captured: an int64 tensor [1] that every replay draws anew.
+
+    From torch's generator of that device, which every graph advances, or from one that the caller has registered with
+    the graph (`torch.cuda.CUDAGraph.register_generator_state`).
+    """
+    if generator is not None and check_generator(generator).device.type != device.type:
+        raise ValueError(
+            f"generator must be a torch.Generator on {device.type} or None while a CUDA graph is captured, got one on "
+            f"{generator.device}: the replays would repeat its one draw; or pass noise_key, a tensor on {device.type}"
+        )
+    return torch.empty(1, dtype=torch.int64, device=device).random_(-(1 << 63), None, generator=generator)
+
+
 def noise_key_of(
     noise_key: int | Tensor | None, generator: torch.Generator | None, device: torch.device
 ) -> int | Tensor:
-    """The key of a call: the given one, or one drawn; while a graph is traced, drawn inside it at every run."""
+    """The key of a call: the given one, or one drawn; while a graph is traced or captured, drawn at every run of it."""
     if noise_key is None:
-        if generator is None and torch.compiler.is_compiling():
-            return torch.ops.jlebm_fast.draw_noise_key.default()
+        if torch.compiler.is_compiling():
+            if generator is None:
+                return torch.ops.jlebm_fast.draw_noise_key.default()
+        elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return draw_key_in_graph(generator, device)
         return draw_noise_key(generator, device)
     if generator is not None:
         raise ValueError("give either a generator or a noise_key, not both")
     return check_noise_key(noise_key)
+
+
+def check_generator(generator: torch.Generator) -> torch.Generator:
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    return generator
 
 
 def check_noise_key(noise_key: int | Tensor) -> int | Tensor:

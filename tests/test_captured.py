@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import jlebm_fast as jf
+from jlebm_fast import rng
 from jlebm_fast import sampler as sampler_module
 from jlebm_fast.captured import CudaCapture, can_capture
 
@@ -115,3 +116,25 @@ def test_a_step_that_cannot_be_captured_names_the_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Refused)
     with pytest.raises(RuntimeError, match=r"not permitted .*pass capture=False"):
         CudaCapture(torch.device("cuda")).record(lambda: None)
+
+
+def test_a_graph_of_the_caller_draws_its_key_on_the_device(monkeypatch):
+    """Drawn on the host, the key would be one number for all replays."""
+    drawn = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(rng, "draw_key_in_graph", lambda generator, device: drawn.append(device) or "key")
+    assert rng.noise_key_of(None, None, torch.device("cuda")) == "key"
+    assert rng.noise_key_of(5, None, torch.device("cuda")) == 5
+    assert isinstance(rng.noise_key_of(None, None, torch.device("cpu")), int)
+    assert drawn == [torch.device("cuda")]
+
+
+def test_keys_drawn_on_a_device_have_64_bits():
+    generator, cpu = torch.Generator().manual_seed(1), torch.device("cpu")
+    keys = torch.cat([rng.draw_key_in_graph(generator, cpu) for _ in range(1000)])
+    bits = torch.stack([(keys >> i) & 1 for i in range(64)]).float().mean(1)
+    assert float((bits - 0.5).abs().max()) < 5 * 0.5 / 1000**0.5
+    with pytest.raises(ValueError, match="while a CUDA graph is captured, got one on"):
+        rng.draw_key_in_graph(generator, torch.device("cuda"))
+    with pytest.raises(ValueError, match="got int"):
+        rng.draw_key_in_graph(7, cpu)

@@ -214,6 +214,27 @@ def test_replays_of_a_graph_draw_fresh_noise(chip, device_only):
         assert torch.equal(end, want)
 
 
+def test_a_captured_call_without_a_key_draws_one_at_every_replay(chip, device_only):
+    """As a user writes it: torch's generator of the device is in charge, and its seed gives the replays again."""
+    sampler = jf.FastLangevin(jf.EnergyMLP(16, 50, 2).cuda(), n_steps=5)
+    z, side = torch.zeros(100, 16, device="cuda"), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        sampler(z)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        end = sampler(z)
+    runs = []
+    for _ in range(2):
+        torch.cuda.manual_seed(3)
+        for _ in range(2):
+            graph.replay()
+            runs.append(end.clone())
+    assert not torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+    assert torch.equal(runs[1], runs[3])
+
+
 def test_follows_the_current_stream(chip, device_only):
     """Work before it on the same stream is seen, although nothing is synchronised."""
     z, grad = torch.zeros(1 << 20, 4, device="cuda"), torch.zeros(1 << 20, 4, device="cuda")
