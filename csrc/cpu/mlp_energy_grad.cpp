@@ -7,13 +7,16 @@ namespace jlebm {
 namespace JLEBM_TARGET {
 namespace {
 
-template <int V>
+template <class Lanes>
 class EnergyGradBlock {
+    static constexpr int V = Lanes::kVectors;
+
 public:
     static int64_t floats(const MlpEnergyGradParams& p) { return MlpWorkspace<V>::floats(p.mlp); }
 
-    EnergyGradBlock(const MlpEnergyGradParams& p, const PackedMlp& packed, int64_t first, Arena arena)
-        : p_(p), packed_(packed), first_(first), count_(block_chains<V>(first, p.chains)) {
+    EnergyGradBlock(const MlpEnergyGradParams& p, const PackedMlp& packed, const FewMlp*, int64_t first, int count,
+                    Arena arena)
+        : p_(p), packed_(packed), first_(first), count_(count) {
         workspace_.take(packed, arena);
     }
 
@@ -36,7 +39,9 @@ private:
 
 } // namespace
 
-void mlp_energy_grad(const MlpEnergyGradParams& p, int n_threads) { run_blocks<EnergyGradBlock>(p, 1, n_threads); }
+void mlp_energy_grad(const MlpEnergyGradParams& p, int n_threads) {
+    run_blocks<EnergyGradBlock, false>(p, 1, n_threads);
+}
 
 } // namespace JLEBM_TARGET
 } // namespace jlebm

@@ -13,13 +13,16 @@ namespace jlebm {
 namespace JLEBM_TARGET {
 namespace {
 
-template <int V>
+template <class Lanes>
 class EnergyLayersBlock {
+    static constexpr int V = Lanes::kVectors;
+
 public:
     static int64_t floats(const MlpEnergyLayersParams& p) { return MlpWorkspace<V>::floats(p.mlp); }
 
-    EnergyLayersBlock(const MlpEnergyLayersParams& p, const PackedMlp& packed, int64_t first, Arena arena)
-        : p_(p), packed_(packed), first_(first), count_(block_chains<V>(first, p.chains)) {
+    EnergyLayersBlock(const MlpEnergyLayersParams& p, const PackedMlp& packed, const FewMlp*, int64_t first, int count,
+                      Arena arena)
+        : p_(p), packed_(packed), first_(first), count_(count) {
         ws_.take(packed, arena);
     }
 
@@ -74,7 +77,7 @@ private:
 } // namespace
 
 void mlp_energy_layers(const MlpEnergyLayersParams& p, int n_threads) {
-    run_blocks<EnergyLayersBlock>(p, 1, n_threads);
+    run_blocks<EnergyLayersBlock, false>(p, 1, n_threads);
 }
 
 } // namespace JLEBM_TARGET

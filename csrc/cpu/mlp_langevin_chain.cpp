@@ -10,16 +10,18 @@ namespace jlebm {
 namespace JLEBM_TARGET {
 namespace {
 
-template <int V>
+template <class Lanes>
 class ChainBlock {
+    static constexpr int V = Lanes::kVectors;
+
 public:
     static int64_t floats(const MlpLangevinChainParams& p) {
-        return MlpWorkspace<V>::floats(p.mlp) + UpdateWorkspace<V>::floats(p.mlp.dim());
+        return Lanes::Workspace::floats(p.mlp) + UpdateWorkspace<V>::floats(p.mlp.dim());
     }
 
-    ChainBlock(const MlpLangevinChainParams& p, const PackedMlp& packed, int64_t first_chain, Arena arena)
-        : p_(p), packed_(packed), dim_(p.mlp.dim()), first_(first_chain),
-          count_(block_chains<V>(first_chain, p.chains)) {
+    ChainBlock(const MlpLangevinChainParams& p, const PackedMlp& packed, const FewMlp* few, int64_t first, int count,
+               Arena arena)
+        : p_(p), packed_(packed), few_(few), dim_(p.mlp.dim()), first_(first), count_(count) {
         mlp_.take(packed, arena);
         update_.take(p.update, dim_, arena);
     }
@@ -37,7 +39,7 @@ public:
             const bool noisy = update_.load_noise(p_.update, p_.chains, dim_, first_, count_, step);
             const bool kept = (step + 1) % record.thin == 0;
             F energy[V];
-            energy_and_grad<V>(packed_, mlp_, chosen_, kept && record.energy, energy);
+            Lanes::energy_and_grad(packed_, few_, mlp_, chosen_, kept && record.energy, energy);
             if (diagnostics) {
                 StepSums sums[V];
                 update_block<V, true>(p_.update, update_, dim_, noisy, mlp_.z, mlp_.grad, sums);
@@ -86,9 +88,10 @@ private:
 
     const MlpLangevinChainParams& p_;
     const PackedMlp& packed_;
+    const FewMlp* const few_;
     const int64_t dim_, first_;
     const int count_;
-    MlpWorkspace<V> mlp_;
+    typename Lanes::Workspace mlp_;
     UpdateWorkspace<V> update_;
     I chosen_[V];
 };
@@ -96,7 +99,7 @@ private:
 } // namespace
 
 void mlp_langevin_chain(const MlpLangevinChainParams& p, int n_threads) {
-    run_blocks<ChainBlock>(p, p.n_steps, n_threads);
+    run_blocks<ChainBlock, true>(p, p.n_steps, n_threads);
 }
 
 } // namespace JLEBM_TARGET

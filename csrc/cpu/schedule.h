@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <limits>
 #include <mutex>
 #include <thread>
 #include <utility>
@@ -28,13 +29,18 @@ struct Piece {
     int worker;
 };
 
+constexpr int kCostOfUnit = 8;
+
 class Schedule {
 public:
-    // block_units: units of a wide block; a block is wide only if every worker still gets at least one
-    Schedule(int64_t n_units, int64_t n_steps, int wide_units, int n_threads) : n_units_(n_units), n_steps_(n_steps) {
+    // wide_units: units of a wide block; a block is wide only if every worker still gets at least one
+    // last_cost: of the last unit; if it is not kCostOfUnit, that unit is a block of its own
+    Schedule(int64_t n_units, int64_t n_steps, int wide_units, int n_threads, int last_cost = kCostOfUnit)
+        : n_units_(n_units), n_steps_(n_steps), last_cost_(last_cost) {
         const int64_t threads = std::max<int64_t>(1, n_threads);
         units_ = n_units >= wide_units * threads ? wide_units : 1;
-        n_blocks_ = (n_units + units_ - 1) / units_;
+        n_even_units_ = n_units - (last_cost != kCostOfUnit);
+        n_blocks_ = (n_even_units_ + units_ - 1) / units_ + (n_units - n_even_units_);
         workers_ = int(std::min<int64_t>(threads, n_blocks_));
         dynamic_ = n_steps <= 1 || n_blocks_ >= int64_t(kManyBlocks) * workers_;
     }
@@ -53,10 +59,19 @@ public:
 private:
     static constexpr int kManyBlocks = 16; // an idle worker then waits for at most 1/16 of the time
     static constexpr int kTurnsPerShare = 4;
+    static constexpr int64_t kFirst = std::numeric_limits<int64_t>::max();
 
     Piece piece(int64_t block, int64_t begin, int64_t end, int worker) const {
-        const int64_t first = block * units_;
-        return {first, int(std::min<int64_t>(units_, n_units_ - first)), begin, end, worker};
+        const int64_t first = std::min(block * units_, n_even_units_);
+        const int64_t units = std::min<int64_t>(units_, n_even_units_ - first);
+        return {first, int(std::max<int64_t>(1, units)), begin, end, worker};
+    }
+
+    // the block of another cost works with data of its own: one worker takes it, first of all, and computes all of it
+    bool in_one_turn(int64_t block) const { return block * units_ >= n_even_units_; }
+
+    int64_t cost_of_step(int64_t block) const {
+        return in_one_turn(block) ? last_cost_ : piece(block, 0, 0, 0).units * kCostOfUnit;
     }
 
     template <class Run>
@@ -74,16 +89,16 @@ private:
     };
 
     // Turns shrink with the work that is left, so that all workers end within a turn or so of each other.
-    int64_t turn(int64_t units_left, int units) const {
-        const int64_t share = units_left / (int64_t(kTurnsPerShare) * workers_ * units);
-        return std::max<int64_t>(1, share);
+    int64_t turn(int64_t cost_left, int64_t cost_of_step) const {
+        return std::max<int64_t>(1, cost_left / (kTurnsPerShare * workers_ * cost_of_step));
     }
 
     template <class Run>
     void run_turns(const Run& run_piece) const {
         std::vector<Block> blocks(static_cast<size_t>(n_blocks_));
         std::mutex mutex;
-        int64_t units_left = n_units_ * n_steps_; // not yet given out, in units times steps
+        int64_t cost_left = 0; // of what is not yet given out
+        for (int64_t b = 0; b < n_blocks_; ++b) cost_left += cost_of_step(b) * n_steps_;
         parallel_workers(workers_, [&](int worker) {
             int64_t mine = -1, end = 0;
             for (;;) {
@@ -91,22 +106,22 @@ private:
                 {
                     const std::lock_guard<std::mutex> lock(mutex);
                     if (mine >= 0) blocks[size_t(mine)] = {end, false};
-                    if (units_left == 0) return;
+                    if (cost_left == 0) return;
                     // the block just left wins a tie: its state is still in this core's cache
                     int64_t longest = 0;
                     const int64_t last = std::exchange(mine, -1);
                     for (int64_t i = 0; i < n_blocks_; ++i) {
                         const int64_t b = last < 0 ? i : (last + i) % n_blocks_;
                         const Block& block = blocks[size_t(b)];
-                        const int64_t left = (n_steps_ - block.done) * piece(b, 0, 0, 0).units;
-                        if (!block.taken && left > longest) longest = left, mine = b;
+                        const int64_t left = in_one_turn(b) ? kFirst : (n_steps_ - block.done) * cost_of_step(b);
+                        if (!block.taken && block.done < n_steps_ && left > longest) longest = left, mine = b;
                     }
                     if (mine >= 0) {
                         Block& block = blocks[size_t(mine)];
-                        const int units = piece(mine, 0, 0, 0).units;
-                        end = std::min(n_steps_, block.done + turn(units_left, units));
+                        const int64_t cost = cost_of_step(mine);
+                        end = in_one_turn(mine) ? n_steps_ : std::min(n_steps_, block.done + turn(cost_left, cost));
                         next = piece(mine, block.done, end, worker);
-                        units_left -= (end - block.done) * units;
+                        cost_left -= (end - block.done) * cost;
                         block.taken = true;
                     }
                 }
@@ -118,8 +133,8 @@ private:
         });
     }
 
-    int64_t n_units_, n_steps_, n_blocks_;
-    int units_, workers_;
+    int64_t n_units_, n_even_units_, n_steps_, n_blocks_;
+    int last_cost_, units_, workers_;
     bool dynamic_;
 };
 

@@ -100,6 +100,30 @@ JLEBM_INLINE F fma(F a, F b, F c) { return a * b + c; }
 JLEBM_INLINE W mul_low32(W a, W b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
 #endif
 
+// Lanes in groups of four (cpu/few_chains.h).
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+JLEBM_INLINE F load_four(const float* p) { return (F)_mm512_broadcast_f32x4(_mm_loadu_ps(p)); } // in every group
+template <int K>
+JLEBM_INLINE F repeat_in_four(F a) { // lane K of each group, in all four
+    return (F)_mm512_permute_ps((__m512)a, K * 0x55);
+}
+JLEBM_INLINE F permute(F a, I from) { return (F)_mm512_permutexvar_ps((__m512i)from, (__m512)a); }
+#elif defined(__AVX2__)
+JLEBM_INLINE F load_four(const float* p) { return (F)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+template <int K>
+JLEBM_INLINE F repeat_in_four(F a) {
+    return (F)_mm256_permute_ps((__m256)a, K * 0x55);
+}
+JLEBM_INLINE F permute(F a, I from) { return (F)_mm256_permutevar8x32_ps((__m256)a, (__m256i)from); }
+#else
+JLEBM_INLINE F load_four(const float* p) { return load(p); }
+template <int K>
+JLEBM_INLINE F repeat_in_four(F a) {
+    return splat(a[K]);
+}
+JLEBM_INLINE F permute(F a, I from) { return F{a[from[0]], a[from[1]], a[from[2]], a[from[3]]}; }
+#endif
+
 // 1 / a to about 1 ulp for normal a; not for the noise, whose arithmetic is exact by contract
 JLEBM_INLINE F reciprocal(F a) {
 #if defined(__AVX512F__) || defined(__AVX2__)

@@ -133,7 +133,7 @@ struct Problem {
 void check_chain(std::vector<int> widths, int64_t chains, int threads) {
     const Problem problem(widths);
     const int dim = widths[0];
-    const int64_t n_steps = 5;
+    const int64_t n_steps = 9;
     std::vector<float> z(size_t(chains * dim)), out(z.size()), coefficients, precision(size_t(dim), 1.0f);
     for (size_t i = 0; i < z.size(); ++i) z[i] = float(int(i * 37 % 101) - 50) / 40;
     for (int s = 0; s < n_steps; ++s) coefficients.insert(coefficients.end(), {0.04f, 0.045f, 0.3f});
@@ -167,7 +167,7 @@ int main() {
     for (int64_t chains : {1, 16, 37})
         for (int64_t dim : {1, 4, 10, 50}) check_noise(chains, dim);
     for (int threads : {1, 3})
-        for (int64_t chains : {1, 7, 17, 100}) {
+        for (int64_t chains : {1, 4, 7, 17, 100}) {
             check_chain({10, 23, 14, 1}, chains, threads);
             check_chain({3, 5, 1}, chains, threads);
         }

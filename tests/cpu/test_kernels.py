@@ -199,6 +199,29 @@ def test_chains_split_and_steps_split():
     assert torch.equal(cpu.mlp_langevin_chain(middle, mlp, half._replace(first_step=30), 30, Record()).z, whole)
 
 
+@pytest.mark.parametrize(
+    ("widths", "activation"),
+    [((16, 50, 50, 1), "leaky_relu"), ((5, 7, 6, 4, 1), "gelu"), ((4, 61, 1), "relu"), ((9, 130, 30, 1), "softplus")],
+)
+@pytest.mark.parametrize("context", [False, True])
+def test_the_last_few_chains_are_the_same_in_every_bit(widths, activation, context):
+    """Chains that fill no vector are computed in another layout (csrc/cpu/few_chains.h)."""
+    steps, most = 12, 64
+    z, mlp = latents(most, widths[0]), random_mlp(widths, activation, chains=most, context=context, out_scale=-1.0)
+    update = Update(step_coefficients(steps), prior_precision=torch.ones(widths[0]), noise_key=5)
+    record = Record(diagnostics=True, trajectory=True, thin=3)
+    whole = cpu.mlp_langevin_chain(z, mlp, update, steps, record)
+    for n in (1, 2, 3, 4, 5, 8, 9, 20, 36, 40):
+        few = mlp._replace(context_bias=mlp.context_bias[:n] if context else None)
+        part = cpu.mlp_langevin_chain(z[:n], few, update, steps, record)
+        plain = cpu.mlp_langevin_chain(z[:n], few, update, steps, Record())
+        assert torch.equal(plain.z, part.z)
+        for name, ours in part._asdict().items():
+            expected = getattr(whole, name)
+            axis = {"z": 0, "first_bad_step": 0}.get(name, 1)
+            assert torch.equal(ours, expected.narrow(axis, 0, n)), (n, name)
+
+
 def test_nan_and_overflow_stay_in_their_chain():
     z, mlp = latents(100, 16), random_mlp((16, 50, 50, 1))
     update = Update(step_coefficients(10), prior_precision=torch.ones(16), noise_key=5)
