@@ -27,6 +27,8 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+# tests that run on every backend
+BACKEND_TESTS = [f"tests/test_{name}.py" for name in ("noise", "ops", "sampler", "registration")]
 TOTAL_S = 530  # of 9 minutes, with time to print
 # most seconds of each section; `chains` gets what is left beside the last one
 LIMITS_S = {"build": 180, "limits": 45, "tests": 150, "backends": 90, "sanitizer": 60}
@@ -115,7 +117,7 @@ def main() -> int:
         "build": build_command(),
         "limits": python(str(HERE / "limits.py"), str(scratch / "limits.json"), *dry),
         "tests": [*pytest, "-m", "gpu", "tests/gpu"],
-        "backends": [*pytest, "tests/test_noise.py", "tests/test_ops.py", "tests/test_sampler.py", "-k", "cuda"],
+        "backends": [*pytest, *BACKEND_TESTS, "-k", "cuda"],
         "chains": python(str(HERE / "chains.py"), str(scratch / "chains.json"), *dry),
         "sanitizer": [
             "compute-sanitizer", "--error-exitcode", "9", *python(str(HERE / "small_case.py"), *dry),
