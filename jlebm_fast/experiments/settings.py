@@ -26,7 +26,7 @@ class Settings:
     contrastive_rate   learning rate of f in the models that learn it as a classifier
     """
 
-    steps: int = 5000
+    steps: int = 3000
     seeds: tuple[int, ...] = (0, 1, 2)
     samples: int = 10_000
     chain_steps: tuple[int, ...] = (15, 30, 60, 150, 300)
