@@ -108,6 +108,8 @@ def direct_noise(
         check_counter(name, value)
     if dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"dtype must be float32 or float64, got {dtype}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} cannot be used: torch.cuda.is_available() is False (`jlebm info`)")
     chosen = backends.choose("langevin_noise", backend, device=device, dtype=dtype)
     return chosen.langevin_noise(
         _key_for(chosen, noise_key, device),

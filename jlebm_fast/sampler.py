@@ -231,6 +231,8 @@ class FastLangevin:
     ) -> ChainResult:
         """The chain on the flat tensor, where maximize has become a sign: f = sign · energy."""
         sign = 1.0 if self.maximize else -1.0
+        if log_likelihood is not None and not callable(log_likelihood):
+            raise ValueError(f"log_likelihood must be a callable or None, got {type(log_likelihood).__name__}")
         likelihood = None if log_likelihood is None else stepwise.Likelihood(log_likelihood, layout)
         mlp = self._source.mlp(flat, layout, context, y, sign)
         if mlp is None:

@@ -93,6 +93,10 @@ MISTAKES = {
         lambda b: sampler(b)(z16(), generator=7),
         "generator must be a torch.Generator or None, got int",
     ),
+    "a number for a likelihood": (
+        lambda b: sampler(b)(z16(), log_likelihood=3),
+        "log_likelihood must be a callable or None, got int",
+    ),
     "noise of another shape": (
         lambda b: sampler(b)(z16(), noise=torch.zeros(5, 3, 16)),
         "noise must be [6, 3, 16] float32 on cpu, got [5, 3, 16] float32 on cpu",

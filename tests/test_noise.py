@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import jlebm_fast as jf
 from jlebm_fast.backends import _native, eager_noise
 
 KNOWN_ANSWERS = [
@@ -137,3 +138,9 @@ def test_every_target_gives_the_same_bits(target):
         "assert torch.equal(ours, oracle)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JLEBM_CPU_TARGET": target})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match=r"device 'cuda:1' cannot be used: torch.cuda.is_available\(\) is False"):
+        jf.langevin_noise(1, 1, 2, 3, device="cuda:1")
