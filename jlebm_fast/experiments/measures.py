@@ -104,24 +104,29 @@ def train_on_latents(z: Tensor, labels: Tensor, steps: int) -> nn.Module:
 
 
 def anomaly(subject: Subject) -> dict[str, float]:
-    """AUPRC of the digit that the model never saw among the test images, by the score −log p(x, z) at encoded z.
+    """AUPRC of the digit that the model never saw among the test images: an anomaly is what the model finds unlikely.
 
-    log p(x, z) = f(z) + log N(z; 0, I) − ‖x − g(z)‖²/(2σ²) + const: an anomaly is what the model finds unlikely.
+    auprc          score −log p(x, z) at the encoded z,  log p(x, z) = log p(z) − ‖x − g(z)‖²/(2σ²) + const
+    auprc_prior    score −log p(z) alone,  log p(z) = f(z) + log N(z; 0, I)
+    share          of the digit: what a score that knows nothing gets
     """
     from sklearn.metrics import average_precision_score
 
     model, images = subject.model, subject.images
-    scores = []
+    of_prior, of_image = [], []
     for piece in images.held_out.split(1000):
         x = to_network(piece, model.device)
         zs = model.encode(x, subject.generator())
         with torch.no_grad():
-            weight = model.config.reconstruction_weight
-            log_joint = model.log_prior(zs) - weight * squared_error(x, model.generator(zs))
-        scores.append(-log_joint.cpu())
-    is_anomaly = images.held_out_labels == subject.cell.without_digit
-    precision = average_precision_score(is_anomaly.numpy(), torch.cat(scores).numpy())
-    return {"auprc": float(precision), "share": is_anomaly.double().mean().item()}
+            of_prior.append(-model.log_prior(zs).cpu())
+            of_image.append(model.config.reconstruction_weight * squared_error(x, model.generator(zs)).cpu())
+    is_anomaly = (images.held_out_labels == subject.cell.without_digit).numpy()
+    prior, image = torch.cat(of_prior), torch.cat(of_image)
+    return {
+        "auprc": float(average_precision_score(is_anomaly, (prior + image).numpy())),
+        "auprc_prior": float(average_precision_score(is_anomaly, prior.numpy())),
+        "share": float(is_anomaly.mean()),
+    }
 
 
 MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
