@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from jlebm_fast.models import MODELS, LatentModel
@@ -23,6 +24,7 @@ COLOURS = 32
 SHEET = 6  # samples a side in the sheet of all models
 SCATTER_STEPS = (0, 5, 20, 60)  # Langevin steps after which the prior chain is shown
 SCATTER_POINTS = 1000
+LARGE_RANGE = 5  # of distances: beyond it their axis is logarithmic
 
 
 class Drawing(NamedTuple):
@@ -132,7 +134,14 @@ def draw_curves(place: Place, curves: Sequence[tuple[str, str, list[tuple[int, f
     for axis, (title, name, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
         abscissae, means, errors = zip(*points, strict=True)
         axis.errorbar(abscissae, means, [e or 0.0 for e in errors], marker="o", capsize=3)
-        axis.set(title=title, xlabel=name, ylabel="Fréchet distance", ylim=(0, None))
+        axis.set(title=title, xlabel=name, ylabel="Fréchet distance")
+        if max(means) > LARGE_RANGE * min(means):  # else one point alone would be seen
+            axis.set_yscale("log")
+            axis.yaxis.set(
+                major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter()
+            )
+        else:
+            axis.set_ylim(0, None)
     path = place.root / "figures" / "curves.png"
     save_figure(figure, path)
     return Drawing(path, "Fréchet distance (mean and standard error over seeds) as the chain or f grows.")
