@@ -49,7 +49,6 @@ void run_blocks(const Params& p, int64_t n_steps, int n_threads) {
     float* const memory = storage.reserve(packed_size + few_size + block_size * schedule.workers());
     Arena weights(memory, packed_size);
     const PackedMlp packed = pack_mlp(p.mlp, weights);
-    FewMlp few_mlp;
     schedule.run([&](const Piece& piece) {
         const int64_t first = piece.first_unit * kUnitChains;
         const int count = int(std::min<int64_t>(int64_t(piece.units) * kUnitChains, p.chains - first));
@@ -57,8 +56,8 @@ void run_blocks(const Params& p, int64_t n_steps, int n_threads) {
         const auto run = [&](auto block) { block.run(piece.begin, piece.end); };
         if constexpr (kRepeats && kMostFewVectors > 0) {
             if (few && count == few_chains) {
-                // by the first of those who work on this block, one after another
-                if (piece.begin == 0) few_mlp.pack(packed, Arena(memory + packed_size, few_size));
+                FewMlp few_mlp; // here, beside the other workers: one of them computes all of this block's steps
+                few_mlp.pack(packed, Arena(memory + packed_size, few_size));
                 if (few == 1) return run(Block<LanesOfFeatures<1>>(p, packed, &few_mlp, first, count, arena));
                 return run(Block<LanesOfFeatures<2>>(p, packed, &few_mlp, first, count, arena));
             }
