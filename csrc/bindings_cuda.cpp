@@ -93,6 +93,33 @@ void cuda_mlp_langevin_chain(int64_t chains, int64_t n_steps, Address z, const M
     cuda::mlp_langevin_chain(p, where);
 }
 
+// (n_out, n_in, weight, start, u, v, sigma, normalised, kept_u, kept_v)
+using SpectralTuple = std::tuple<int, int, Address, Address, Address, Address, Address, Address, Address, Address>;
+
+void cuda_spectral_norms(const std::vector<SpectralTuple>& weights, float tolerance, const LaunchTuple& launch) {
+    SpectralNormsParams p;
+    if (weights.size() > size_t(kMaxHiddenLayers) + 1)
+        throw std::invalid_argument("at most " + std::to_string(kMaxHiddenLayers + 1) + " weights at a time, got " +
+                                    std::to_string(weights.size()));
+    for (const SpectralTuple& t : weights) {
+        const auto [n_out, n_in, weight, start, u, v, sigma, normalised, kept_u, kept_v] = t;
+        p.weights[p.count++] = {n_out,
+                                n_in,
+                                at<const float>(weight),
+                                at<const float>(start),
+                                at<float>(u),
+                                at<float>(v),
+                                at<float>(sigma),
+                                at<float>(normalised),
+                                at<float>(kept_u),
+                                at<float>(kept_v)};
+    }
+    p.tolerance = tolerance;
+    const CudaLaunch where = cuda_launch(launch);
+    const py::gil_scoped_release unlocked;
+    cuda::spectral_norms(p, where);
+}
+
 // only sizes are read: an address that is not null stands for energies that are asked for
 MlpLangevinChainParams chain_of_size(int64_t chains, const MlpTuple& mlp, bool energies) {
     static float wanted;
@@ -134,6 +161,14 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_langevin_step", &cuda_langevin_step, py::kw_only(), py::arg("chains"), py::arg("dim"), py::arg("z"),
           py::arg("grad"), py::arg("update"), py::arg("noise_key_at"), py::arg("out"), py::arg("launch"));
     m.def("cuda_advance_noise_key", &cuda_advance_noise_key, py::kw_only(), py::arg("noise_key"), py::arg("launch"));
+    m.def("cuda_spectral_norms", &cuda_spectral_norms, py::kw_only(), py::arg("weights"), py::arg("tolerance"),
+          py::arg("launch"));
+    m.def(
+        "cuda_spectral_unsupported_reason",
+        [](int64_t n_out, int64_t n_in, const LaunchTuple& launch) {
+            return cuda::spectral_unsupported_reason(n_out, n_in, cuda_launch(launch));
+        },
+        py::kw_only(), py::arg("n_out"), py::arg("n_in"), py::arg("launch"));
     m.def("cuda_mlp_energy_grad", &cuda_mlp_energy_grad, py::kw_only(), py::arg("chains"), py::arg("z"), py::arg("mlp"),
           py::arg("energy"), py::arg("grad"), py::arg("hidden"), py::arg("delta"), py::arg("launch"));
     m.def("cuda_mlp_langevin_chain", &cuda_mlp_langevin_chain, py::kw_only(), py::arg("chains"), py::arg("n_steps"),

@@ -121,6 +121,25 @@ struct MlpEnergyLayersParams {
     float* grad = nullptr;   // [chains, dim] or null
 };
 
+// Of each of several weights the largest singular value, by power iteration (jlebm_fast/spectral.py), on CUDA
+struct SpectralWeight {
+    int32_t n_out = 0, n_in = 0;
+    const float* weight = nullptr; // [n_out, n_in]
+    const float* start = nullptr;  // [n_out], of length 1; another one costs iterations
+    float* u = nullptr;            // [n_out]
+    float* v = nullptr;            // [n_in]
+    float* sigma = nullptr;        // [1]; NaN where the weight is not finite, and so is normalised
+    float* normalised = nullptr;   // [n_out, n_in] W / sigma
+    float* kept_u = nullptr;       // [n_out] u once more where sigma is finite and not 0, or null; may be start
+    float* kept_v = nullptr;       // [n_in] v likewise, or null
+};
+
+struct SpectralNormsParams {
+    int32_t count = 0;
+    float tolerance = 0.0f;
+    SpectralWeight weights[kMaxHiddenLayers + 1];
+};
+
 struct MlpLangevinChainParams {
     int64_t chains = 0, n_steps = 0;
     const float* z = nullptr; // [chains, dim]

@@ -74,11 +74,8 @@ def effective_weights(layers: Iterable[EnergyLinear], *, keep_vectors: bool = Fa
         for (place, _), weight in zip(normed, normalised_weights(pairs), strict=True):
             weights[place] = weight
         return weights
-    for (place, layer), top in zip(normed, top_singulars(pairs), strict=True):
-        if keep_vectors and math.isfinite(top.sigma):
-            with torch.no_grad():
-                layer.weight_u.copy_(top.u)
-                layer.weight_v.copy_(top.v)
+    keep = [(layer.weight_u, layer.weight_v) for _, layer in normed] if keep_vectors else None
+    for (place, _), top in zip(normed, top_singulars(pairs, keep), strict=True):
         if torch.is_grad_enabled():
             weights[place] = weights[place] / torch.dot(top.u, torch.mv(weights[place], top.v))
         else:

@@ -50,6 +50,11 @@ _any_autocast = torch._C._is_any_autocast_enabled  # a tenth of the time of aski
 _has_autocast = functools.cache(torch.amp.autocast_mode.is_autocast_available)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is done on that device now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def device_of(z: object) -> torch.device:
     """The device of latents in any structure; the CPU for what is no latents and will be refused."""
     first = z[0] if isinstance(z, (list, tuple)) and z else z

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import SUPPORTED_DTYPES, check_like, describe, dtype_name
-from .modes import autocast_enabled, chain_mode
+from .modes import autocast_enabled, capturing, chain_mode
 from .problem import ACTIVATIONS, HEADS, MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
 from .rng import COUNTER_RANGE, check_noise_key, key_number
 
@@ -173,7 +173,7 @@ def _key_for(chosen: ModuleType, noise_key: int | Tensor, device: torch.device) 
         return noise_key
     if device.type != "cpu" and noise_key.device == device and getattr(chosen, "READS_KEY_TENSORS", False):
         return noise_key
-    if noise_key.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(noise_key.device):
         raise ValueError(
             f"backend {chosen.NAME!r} reads the noise key on the host, which no CUDA graph can capture; use backend "
             "'cuda' or 'triton', or pass noise"

@@ -15,7 +15,7 @@ import argparse
 import copy
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from .backends import eager
 from .checks import SUPPORTED_DTYPES, describe, dtype_name
 from .energy import EnergyMLP
 from .latents import LatentLayout
-from .modes import chain_mode
+from .modes import capturing, chain_mode
 from .ops import check_spec
 from .problem import MLP
 from .spectral import top_singular_triple, top_singulars
@@ -107,10 +107,23 @@ class _Layer:
         self.weight_name, self.bias_name = site.weight, site.bias
         self.direction: Tensor | None = None
 
-    def parameters(self) -> tuple[Tensor, Tensor | None]:
-        """The effective weight [out, in] and the bias of this moment."""
-        bias = None if self.bias_name is None else self.bias_owner()._parameters[self.bias_name].detach()
-        return effective_weight(self).detach(), bias
+    def bias(self) -> Tensor | None:
+        """The bias of this moment."""
+        return None if self.bias_name is None else self.bias_owner()._parameters[self.bias_name].detach()
+
+    def original_and_start(self) -> tuple[Tensor, Tensor]:
+        """Of a spectral norm: the weight [out, in] before it, and where its power iterations may start."""
+        module = self.owner()
+        if "parametrizations" in module._modules:
+            chain = module._modules["parametrizations"].weight
+            original, u = chain.original, chain[0]._u
+        else:
+            original, u = module._parameters["weight_orig"], module._buffers["weight_u"]
+        start = self.direction
+        if start is None or start.shape != u.shape or start.dtype != u.dtype or start.device != u.device:
+            start = u
+        # what a CUDA graph reads must stay where it is
+        return original.detach().flatten(1), u if capturing(u.device) else start
 
     def converged_buffers(self) -> dict[str, Tensor]:
         """The buffers (u, v) of a spectral norm as they would be after enough power iterations, by their names."""
@@ -127,29 +140,29 @@ class _Layer:
         return dict(zip((prefix + name for name in names), (u, v), strict=True))
 
 
-def effective_weight(layer: _Layer) -> Tensor:
-    """W, or what its normalisation makes of it, [out, in]; never touches the module's buffers."""
+def effective_weights(layers: Sequence[_Layer]) -> list[Tensor]:
+    """W of each layer, or what its normalisation makes of it, [out, in]; never touches a module's buffers."""
+    weights = [_plain_weight(layer) for layer in layers]
+    normed = [i for i, weight in enumerate(weights) if weight is None]
+    tops = top_singulars([layers[i].original_and_start() for i in normed])
+    for i, top in zip(normed, tops, strict=True):
+        weights[i] = top.normalised
+        if not capturing(top.u.device):
+            layers[i].direction = top.u
+    return [(weight if weight.dim() == 2 else weight.flatten(1)).detach() for weight in weights]
+
+
+def _plain_weight(layer: _Layer) -> Tensor | None:
+    """The effective weight; None of a spectral norm."""
     module = layer.owner()
     if layer.kind == "parameter":
-        weight = module._parameters[layer.weight_name]
-    elif layer.kind == "parametrized":
-        weight = module.weight
-    elif layer.kind == "weight_norm":
+        return module._parameters[layer.weight_name]
+    if layer.kind == "parametrized":
+        return module.weight
+    if layer.kind == "weight_norm":
         (hook,) = (h for h in module._forward_pre_hooks.values() if getattr(h, "name", None) == "weight")
-        weight = hook.compute_weight(module)
-    else:
-        if "parametrizations" in module._modules:
-            chain = module._modules["parametrizations"].weight
-            original, u = chain.original, chain[0]._u
-        else:
-            original, u = module._parameters["weight_orig"], module._buffers["weight_u"]
-        weight = original.detach().flatten(1)
-        start = layer.direction
-        if start is None or start.shape != u.shape or start.dtype != u.dtype or start.device != u.device:
-            start = u
-        (top,) = top_singulars([(weight, start)])
-        layer.direction, weight = top.u, top.normalised
-    return weight if weight.dim() == 2 else weight.flatten(1)
+        return hook.compute_weight(module)
+    return None
 
 
 class Recognised:
@@ -161,23 +174,26 @@ class Recognised:
         self.layers = [_Layer(net, site) for site in structure.sites]
         sites = tuple([(s.path, s.kind, s.weight, s.bias_path, s.bias) for s in structure.sites])
         self.plain = (structure.spec, structure.columns, sites)
+        self._column_index: dict[torch.device, Tensor] = {}  # made once: a copy to a GPU waits for it
 
     def mlp(self, sign: float = 1.0) -> MLP:
         """The energy times sign, with the parameters of this moment."""
-        weights, biases = zip(*[layer.parameters() for layer in self.layers], strict=True)
+        weights = effective_weights(self.layers)
         if self.columns is not None:
-            weights = (spread_columns(weights[0], self.columns, self.spec.dim), *weights[1:])
+            device = weights[0].device
+            if device not in self._column_index:
+                self._column_index[device] = torch.tensor(self.columns, device=device)
+            weights[0] = spread_columns(weights[0], self._column_index[device], self.spec.dim)
         spec = self.spec if sign == 1.0 else self.spec.negated
-        return MLP(spec, tuple(w.contiguous() for w in weights), biases)
+        return MLP(spec, tuple([w.contiguous() for w in weights]), tuple([layer.bias() for layer in self.layers]))
 
     def converged_buffers(self) -> dict[str, Tensor]:
         """Buffers with which the module's own forward is the energy of a chain."""
         return {name: buffer for layer in self.layers for name, buffer in layer.converged_buffers().items()}
 
 
-def spread_columns(weight: Tensor, columns: tuple[int, ...], dim: int) -> Tensor:
-    """The weight [out, dim] on all of z that does what `weight` [out, inputs] does on z[:, columns]."""
-    index = torch.tensor(columns, device=weight.device)
+def spread_columns(weight: Tensor, index: Tensor, dim: int) -> Tensor:
+    """The weight [out, dim] on all of z that does what `weight` [out, inputs] does on z[:, index]."""
     return weight.new_zeros(weight.shape[0], dim).index_add_(1, index, weight.detach())
 
 
@@ -216,13 +232,14 @@ def _trace(net: nn.Module, layout: LatentLayout, chains: int, scale: float, devi
     with torch.no_grad():
         weights = [linear.weight for linear in linears]
         if structure.columns is not None:
-            weights[0] = spread_columns(weights[0], structure.columns, layout.dim)
+            index = torch.tensor(structure.columns, device=device)
+            weights[0] = spread_columns(weights[0], index, layout.dim)
         biases = tuple(linear.bias for linear in linears)
         value, grad = eager.mlp_energy_grad(flat, MLP(structure.spec, tuple(weights), biases))
         if expected_grad is None or not (_close(value, output.reshape(-1)) and _close(grad, expected_grad)):
             raise Untraceable("the MLP read out of its forward does not reproduce its value and gradient")
-        for linear, layer in zip(linears, (_Layer(net, site) for site in structure.sites), strict=True):
-            weight = effective_weight(layer)
+        layers = [_Layer(net, site) for site in structure.sites]
+        for linear, layer, weight in zip(linears, layers, effective_weights(layers), strict=True):
             # an unconverged spectral norm differs by a factor, and only by that
             ratio = (weight * linear.weight).sum() / (weight * weight).sum()
             if not _close(ratio * weight, linear.weight) or (layer.kind != "spectral" and abs(ratio - 1) > 1e-9):

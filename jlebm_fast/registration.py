@@ -127,7 +127,8 @@ def _draw_noise_key():
 def _top_singular(weight, u):
     (top,) = top_singulars([(weight.detach(), u.detach())])
     # never an alias of u, which stays what it was where no iteration was possible
-    return top.u.clone(), top.v.clone(), weight.new_tensor(top.sigma)
+    sigma = top.sigma.reshape(()).clone() if isinstance(top.sigma, Tensor) else weight.new_tensor(top.sigma)
+    return top.u.clone(), top.v.clone(), sigma
 
 
 # --- fakes ------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import describe
+from .modes import capturing
 
 KEY_RANGE = 1 << 64
 # steps and chains of the noise field are counted in 32 bits, and wrap
@@ -54,7 +55,7 @@ def noise_key_of(
         if torch.compiler.is_compiling():
             if generator is None:
                 return torch.ops.jlebm_fast.draw_noise_key.default()
-        elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        elif capturing(device):
             return draw_key_in_graph(generator, device)
         return draw_noise_key(generator, device)
     if generator is not None:

@@ -299,18 +299,17 @@ class FastLangevin:
         )
 
     def _constant_terms(self, flat: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(step coefficients, prior mean, prior precision): the same at every call unless the prior holds tensors."""
+        """(step coefficients, prior mean, prior precision); made once, but for what a prior of tensors has to say."""
         key = (flat.shape[1], flat.dtype, flat.device)
-        terms = self._constants.get(key)
-        if terms is None:
-            mean, precision = (None, None) if self.prior is None else self.prior.terms(flat)
-            terms = (self._step_rows.to(flat.device, flat.dtype), mean, precision)
-            fixed = self.prior is None or not (
-                isinstance(self.prior.mean, Tensor) or isinstance(self.prior.std, Tensor)
+        known = self._constants.get(key)
+        if known is None:
+            known = self._constants[key] = (
+                self._step_rows.to(flat.device, flat.dtype),
+                *((None, None) if self.prior is None else self.prior.terms(flat)),
             )
-            if fixed:
-                self._constants[key] = terms
-        return terms
+        elif self.prior is not None and (isinstance(self.prior.mean, Tensor) or isinstance(self.prior.std, Tensor)):
+            return (known[0], *self.prior.terms(flat))
+        return known
 
     def _flat_noise(self, noise: Tensor | Sequence[Tensor], flat: Tensor, layout: LatentLayout) -> Tensor:
         chains, dim = flat.shape

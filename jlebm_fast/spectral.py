@@ -9,6 +9,9 @@ are read as the starting point and never written here.
 Why: a power iteration that is frozen before it has converged divides by too little, and the chain diverges. The
 relative error of sigma is of second order, residual² / relative gap to the next singular value: 1e-7, float32's
 rounding, at the gap of a tenth that a random 50 x 50 weight has, and never more than the residual.
+
+On a GPU the kernels of backend cuda or triton iterate to the same residual, for all weights of a net in one launch, and
+nobody on the host looks at a value: no wait, and a CUDA graph may capture it.
 Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, algorithm 1.
 """
 
@@ -16,13 +19,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import backends
 from .backends import _native
-from .modes import chain_mode
+from .modes import capturing, chain_mode
 
 # float32 serves the chains; float64 is where the oracle and finite differences live
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -34,26 +39,67 @@ _LARGEST_NATIVE = 1 << 16
 _HERE = {"dtype": torch.float32, "device": torch.device("cpu")}
 
 
+# a weight [out, in], and the vector u [out] to start from
+Pair = tuple[Tensor, Tensor]
+
+
 class TopSingular(NamedTuple):
-    """u [out], v [in] and sigma = uᵀ W v, the largest singular value of W [out, in]; normalised = W / sigma."""
+    """u [out], v [in] and sigma = uᵀ W v, the largest singular value of W [out, in]; normalised = W / sigma.
+
+    sigma is a number, or a tensor [1] where kernels on a device found it.
+    """
 
     u: Tensor
     v: Tensor
-    sigma: float
+    sigma: float | Tensor
     normalised: Tensor
 
 
-def top_singulars(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[TopSingular]:
+def top_singulars(pairs: Sequence[Pair], keep: Sequence[Pair] | None = None) -> list[TopSingular]:
     """`TopSingular` of several weights, each given as (W [out, in], u [out] to start from).
+
+    keep: of each weight the buffers (u [out], v [in]) to be overwritten with what was found, unless it is not finite.
 
     A weight that holds NaN or infinity gives sigma = nan, and so a chain that says so in its diagnostics.
     """
+    if not pairs:
+        return []
+    kernels = _device_kernels(pairs)
+    if kernels is not None:
+        return [TopSingular(*top) for top in kernels.top_singulars(pairs, TOLERANCE[torch.float32], keep)]
     found: list[TopSingular | None] = [None] * len(pairs)
     small = [i for i, (weight, u) in enumerate(pairs) if _fits_native(weight, u)]
     if small and _native.unavailable_reason() is None:
         for i, top in zip(small, _native_singulars([pairs[i] for i in small]), strict=True):
             found[i] = top
-    return [top or _of_one(weight, u) for top, (weight, u) in zip(found, pairs, strict=True)]
+    singulars = [top or _of_one(weight, u) for top, (weight, u) in zip(found, pairs, strict=True)]
+    for top, (u, v) in zip(singulars, keep or (), strict=False):
+        if math.isfinite(top.sigma):
+            with torch.no_grad():
+                u.copy_(top.u)
+                v.copy_(top.v)
+    return singulars
+
+
+def _device_kernels(pairs: Sequence[Pair]) -> ModuleType | None:
+    """The backend whose kernels serve these weights on their device; None where there is none."""
+    weight = pairs[0][0]
+    if weight.device.type != "cuda" or any(t.dtype is not torch.float32 for pair in pairs for t in pair):
+        return None
+    reasons = {}
+    for name in ("cuda", "triton"):
+        reasons[name] = backends.unavailable_reason(name)
+        if reasons[name] is None:
+            module = backends.load(name)
+            reasons[name] = module.spectral_unsupported_reason([tuple(w.shape) for w, _ in pairs], weight.device)
+            if reasons[name] is None:
+                return module
+    if capturing(weight.device):
+        raise ValueError(
+            "this spectral norm is converged with a look at its values, which no CUDA graph can capture; not cuda: "
+            f"{reasons['cuda']}; not triton: {reasons['triton']}"
+        )
+    return None
 
 
 def _fits_native(weight: Tensor, u: Tensor) -> bool:
@@ -68,7 +114,7 @@ def _fits_native(weight: Tensor, u: Tensor) -> bool:
     )
 
 
-def _native_singulars(pairs: list[tuple[Tensor, Tensor]]) -> list[TopSingular | None]:
+def _native_singulars(pairs: list[Pair]) -> list[TopSingular | None]:
     """All of them in one native call; None where power iterations did not converge."""
     outputs, layers = [], []
     for weight, start in pairs:
@@ -86,7 +132,7 @@ def _native_singulars(pairs: list[tuple[Tensor, Tensor]]) -> list[TopSingular | 
     ]
 
 
-def normalised_weights(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def normalised_weights(pairs: Sequence[Pair]) -> list[Tensor]:
     """W / sigma of several weights, given as for `top_singulars`: what a chain needs, without the vectors."""
     if _native.unavailable_reason() is not None or not all(_fits_native(weight, u) for weight, u in pairs):
         return [top.normalised for top in top_singulars(pairs)]

@@ -46,13 +46,13 @@ def parity_error(case: Case, network: nn.Sequential, device: torch.device, backe
 def names_of(case: Case, chains: int, dry_run: bool) -> Iterator[str]:
     """Contenders in the order in which they are worth their time."""
     if dry_run:
-        yield from ("cpu fp32", "eager", "eager spectral")
+        yield from ("cpu fp32", "cpu fp32 spectral", "eager", "eager spectral")
         return
     yield from ("cuda fp32", "cuda tf32", "cuda bf16", "cuda fp32 (graph)", "cuda bf16 (graph)", "eager")
     if backends.unavailable_reason("triton") is None:
         yield from ("triton fp32", "triton bf16")
     if case.spectral_norm and chains <= 10_000 and case.n_steps <= MOST_GRAPH_STEPS:
-        yield "eager spectral"
+        yield from ("cuda fp32 spectral", "eager spectral")
     if case.n_steps <= MOST_GRAPH_STEPS and chains <= 10_000:
         yield "eager graph"
     if (case.name, chains) in COMPILED:

@@ -2,6 +2,7 @@
 
     cuda fp32, tf32, bf16   FastLangevin.sample, Python and launch included      (graph)   the same call, replayed by a
     triton fp32, bf16       the same through Triton, where it is there                     CUDA graph
+    cuda fp32 spectral      the same with a spectral norm, converged once a call
     eager                   the loop of the published codes, one latent layer after the other
     eager spectral          the same with a power iteration in every step, as published
     eager graph             the plain loop as one CUDA graph
@@ -37,8 +38,8 @@ def kernels_of(dry_run: bool):
     return on_host()
 
 
-def ours(case: Case, network: nn.Sequential, z: Tensor, backend: str, precision: str) -> Run:
-    energy = energy_of(case, network.cpu(), False).to(z.device)
+def ours(case: Case, network: nn.Sequential, z: Tensor, backend: str, precision: str, norm: str = "") -> Run:
+    energy = energy_of(case, network.cpu(), norm == "spectral").to(z.device)
     network.to(z.device)
     sampler = FastLangevin(energy, n_steps=case.n_steps, step_size=case.step_size, backend=backend, precision=precision)
     return lambda: sampler.sample(z)

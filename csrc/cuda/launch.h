@@ -35,6 +35,11 @@ void langevin_step(const LangevinStepParams& params, const CudaLaunch& launch);
 // key <- key + odd constant, on the device: what a CUDA graph appends so that its next replay draws fresh noise
 void advance_noise_key(uint64_t* noise_key, const CudaLaunch& launch);
 
+// W / sigma of several weights, each by a block of its own
+void spectral_norms(const SpectralNormsParams& params, const CudaLaunch& launch);
+// Why a weight of this size cannot be normalised there; "" if it can.
+std::string spectral_unsupported_reason(int64_t n_out, int64_t n_in, const CudaLaunch& launch);
+
 // Scratch memory the call below needs on the device; 0 is common.
 int64_t mlp_energy_grad_workspace_bytes(const MlpEnergyGradParams& params, const CudaLaunch& launch);
 void mlp_energy_grad(const MlpEnergyGradParams& params, const CudaLaunch& launch);

@@ -12,7 +12,7 @@ noise.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -20,13 +20,15 @@ from torch import Tensor
 
 from .. import precision
 from ..checks import describe
-from ..problem import MLP, ChainResult, MLPSpec, Record, Update
+from ..problem import MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
 from . import _native
 from .cpu import _Addresses, _mlp_fields, _update_fields
 
 NAME = "cuda"
 READS_KEY_TENSORS = True
 TAKES_PRECISION = True
+
+MOST_WEIGHTS = MAX_HIDDEN_LAYERS + 1  # of one launch of `top_singulars`
 
 Launch = Callable[[torch.device, "Tensor | None"], tuple]
 
@@ -167,6 +169,42 @@ class Kernels:
             launch=launch,
         )
         return result
+
+    def top_singulars(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        tolerance: float,
+        keep: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """(u [out], v [in], sigma [1], W / sigma) of weights W [out, in], each with a u to start from (`spectral.py`).
+
+        keep: buffers (u, v), contiguous, that are overwritten with the vectors where sigma is finite and not zero.
+        """
+        address, found = _Addresses(), []
+        device = pairs[0][0].device
+        for weight, _ in pairs:
+            n_out, n_in = weight.shape
+            vectors = torch.empty(n_out + n_in + 1, dtype=torch.float32, device=device).split((n_out, n_in, 1))
+            found.append((*vectors, torch.empty((n_out, n_in), dtype=torch.float32, device=device)))
+        rows = []
+        for i, ((weight, start), outputs) in enumerate(zip(pairs, found, strict=True)):
+            kept = (0, 0) if keep is None else tuple(buffer.data_ptr() for buffer in keep[i])
+            rows.append((*weight.shape, address(weight), address(start), *[t.data_ptr() for t in outputs], *kept))
+        launch = self.launch(device, None)
+        for first in range(0, len(rows), MOST_WEIGHTS):
+            self.native.cuda_spectral_norms(
+                weights=rows[first : first + MOST_WEIGHTS], tolerance=tolerance, launch=launch
+            )
+        return found
+
+    def spectral_unsupported_reason(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> str | None:
+        """Why `top_singulars` cannot serve weights of these shapes; None if it can."""
+        launch = self.launch(device, None)
+        for n_out, n_in in shapes:
+            reason = self.native.cuda_spectral_unsupported_reason(n_out=n_out, n_in=n_in, launch=launch)
+            if reason:
+                return reason
+        return None
 
     def advance_noise_key(self, noise_key: Tensor) -> None:
         """Move an int64 key [1] on its device to the next one, in stream order: what a CUDA graph appends so that its
@@ -313,6 +351,17 @@ def mlp_energy_layers(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor, list[Tensor]
 def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:
     """See `Kernels.mlp_langevin_chain`."""
     return _kernels().mlp_langevin_chain(z, mlp, update, n_steps, record)
+
+
+def top_singulars(*arguments: object) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """See `Kernels.top_singulars`."""
+    return _kernels().top_singulars(*arguments)
+
+
+def spectral_unsupported_reason(shapes: Sequence[tuple[int, int]], device: torch.device) -> str | None:
+    """See `Kernels.spectral_unsupported_reason`; also a device that runs none of these kernels."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _device_reason(index, None, "fp32") or _kernels().spectral_unsupported_reason(shapes, device)
 
 
 def advance_noise_key(noise_key: Tensor) -> None:

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy
@@ -32,6 +33,7 @@ READS_KEY_TENSORS = True
 TAKES_PRECISION = True
 OLDEST_TRITON = (3, 6)
 _KEY_STEP = 0x9E3779B97F4A7C15 - (1 << 64)  # the golden ratio's 64 bits, as a signed integer
+_MOST_NORM_COLUMNS = 8192  # of a weight: 32 registers of each of 256 threads
 _MOST_LOGITS = 1024  # triton_kernels/tiles.py says why
 
 
@@ -165,6 +167,34 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
             launch, tiles, products, chip = _choice(z, mlp.spec)
             launch.chain_call(z, mlp, update, n_steps, record.thin, result, tiles, products, chip).run()
     return result
+
+
+def top_singulars(
+    pairs: Sequence[tuple[Tensor, Tensor]], tolerance: float, keep: Sequence[tuple[Tensor, Tensor]] | None = None
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(u [out], v [in], sigma [1], W / sigma) of weights W [out, in], each with a u to start from (`spectral.py`).
+
+    keep: buffers (u, v) that are overwritten with the vectors where sigma is finite and not zero.
+    """
+    found = []
+    for weight, _ in pairs:
+        n_out, n_in = weight.shape
+        sizes = ((n_out,), (n_in,), (1,), (n_out, n_in))
+        found.append(tuple(torch.empty(size, dtype=torch.float32, device=weight.device) for size in sizes))
+    with _on_device_of(pairs[0][0]):
+        _kernels().launch.spectral_call(pairs, found, keep, tolerance).run()
+    return found
+
+
+def spectral_unsupported_reason(shapes: Sequence[tuple[int, int]], device: torch.device) -> str | None:
+    """Why `top_singulars` cannot serve weights of these shapes; None if it can."""
+    reason = unsupported_reason("top_singulars", device=device, dtype=torch.float32)
+    if reason is not None:
+        return reason
+    widest = max(n_in for _, n_in in shapes)
+    if widest > _MOST_NORM_COLUMNS:
+        return f"it takes the spectral norm of weights with up to {_MOST_NORM_COLUMNS} inputs, got {widest}"
+    return None
 
 
 def advance_noise_key(noise_key: Tensor) -> None:

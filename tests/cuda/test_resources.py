@@ -34,6 +34,7 @@ SHAPES = {
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
 MLP_THREADS = 256  # kMlpThreads of csrc/cuda/mlp_plan.h
 ROW_THREADS = 256  # kRowThreads of csrc/cuda/rows.h
+NORM_THREADS = 512  # kNormThreads of csrc/cuda/spectral_norm.cu
 
 nvcc = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH: install the CUDA toolkit to run it")
@@ -108,12 +109,14 @@ def test_kernels_compile_within_their_limits(arch):
     resident = {k: u for k, u in found.items() if "mlp_kernel" in k and "Lb1E" in k}
     rows = {k: u for k, u in found.items() if re.search(r"\d+langevin_(noise|step)_kernel", k)}
     assert len(resident) == 9, sorted(found)  # three precisions, 1, 2 or 4 tiles of chains
+    norms = {k: u for k, u in found.items() if "spectral_norm_kernel" in k}
     assert len(rows) == 4
-    for kernel, used in {**resident, **rows}.items():
+    assert len(norms) == 1
+    for kernel, used in {**resident, **rows, **norms}.items():
         assert used.spilled == 0, kernel
         assert used.stack == 0, kernel
     for kernel, used in found.items():
-        threads = ROW_THREADS if kernel in rows else MLP_THREADS
+        threads = ROW_THREADS if kernel in rows else NORM_THREADS if kernel in norms else MLP_THREADS
         blocks = {True: 4 if "noise" in kernel else 2, False: 1}[kernel in rows]
         assert used.registers * threads * blocks <= REGISTERS_OF_A_MULTIPROCESSOR, kernel
         assert used.static_shared == 0, kernel

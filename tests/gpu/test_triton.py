@@ -148,3 +148,14 @@ def test_a_replayed_graph_draws_fresh_noise(shape):
         expected = ours.mlp_langevin_chain(z, mlp, update._replace(noise_key=before), 5, Record()).z
         assert torch.equal(end, expected)
         assert int(key) % (1 << 64) != before
+
+
+@pytest.mark.parametrize("shape", [(50, 16), (50, 50), (1, 50), (20, 100)])
+def test_spectral_norms(shape):
+    pairs = [(normal(*shape, seed=i), torch.nn.functional.normalize(normal(shape[0]), dim=0)) for i in range(3)]
+    there = [tuple(t.to(DEVICE) for t in pair) for pair in pairs]
+    for (weight, _), (u, v, sigma, normalised) in zip(pairs, ours.top_singulars(there, 1e-4), strict=True):
+        exact = torch.linalg.matrix_norm(weight.double(), 2)
+        torch.testing.assert_close(sigma.cpu().double(), exact.reshape(1), rtol=1e-5, atol=0)
+        torch.testing.assert_close(normalised.cpu().double(), weight.double() / exact, rtol=1e-5, atol=1e-7)
+        assert float(u.cpu() @ weight @ v.cpu()) == pytest.approx(float(exact), rel=1e-5)

@@ -140,6 +140,22 @@ def test_gradients_fit(problem, chip_name):
     check_limits(compile_call(call, target), chosen.regime, chip_name)
 
 
+def spectral_call(problem, keep):
+    weights = mlp_of(spec_of(problem)).weights
+    vectors = [(torch.zeros(w.shape[0]), torch.zeros(w.shape[1])) for w in weights]
+    pairs = [(w, u) for w, (u, _) in zip(weights, vectors, strict=True)]
+    found = [(u, v, torch.zeros(1), w) for w, (u, v) in zip(weights, vectors, strict=True)]
+    return launch.spectral_call(pairs, found, vectors if keep else None, 1e-4)
+
+
+@pytest.mark.parametrize("chip_name", CHIPS)
+@pytest.mark.parametrize(("problem", "keep"), [("HS", True), ("LEBM", False)])
+def test_spectral_norms_fit(problem, keep, chip_name):
+    compiled = compile_call(spectral_call(problem, keep), CHIPS[chip_name][0])
+    check_limits(compiled, "resident", chip_name)
+    assert compiled.registers <= 168
+
+
 def elementwise_calls():
     z, everything = torch.zeros(100, 50), torch.zeros(100, 50)
     full = Update(

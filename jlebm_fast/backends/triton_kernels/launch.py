@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...problem import MLP, ChainResult, MLPSpec, Update
-from . import noise, resident, streamed, update
-from .records import NetPointers, RecordPointers, UpdatePointers, UpdateStrides
+from . import noise, resident, spectral, streamed, update
+from .records import NetPointers, RecordPointers, SpectralPointers, UpdatePointers, UpdateStrides
 from .tiles import Chip, Tiles, power_of_two
 
 # chains and groups of four dimensions of one program of an elementwise kernel: eight normals a thread
 ELEMENTWISE_ROWS, ELEMENTWISE_GROUPS = 16, 16
+# of a weight that a program of `spectral_norms` holds at a time: 16 of each thread
+NORM_ELEMENTS = 4096
 # of every kernel: the noise contract (noise.py)
 NO_FUSION = {"enable_fp_fusion": False}
 
@@ -83,6 +86,25 @@ def chain_call(
     """`mlp_langevin_chain` from z [chains, dim] into `result`."""
     rest = (*_update_arguments(change), RecordPointers(*result[1:]), z.shape[0], n_steps, thin)
     return _mlp_call("mlp_langevin_chain", (z, result.z), mlp, rest, tiles, precision, chip)
+
+
+def spectral_call(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    found: Sequence[tuple[Tensor, ...]],
+    keep: Sequence[tuple[Tensor, Tensor]] | None,
+    tolerance: float,
+) -> Call:
+    """The spectral norms of weights [out, in] into `found`: (u [out], v [in], sigma [1], normalised) of each."""
+    weights, starts = zip(*[(weight.contiguous(), start.contiguous()) for weight, start in pairs], strict=True)
+    pointers = SpectralPointers(
+        weights, starts, *zip(*found, strict=True), *(zip(*keep, strict=True) if keep else ((), ()))
+    )
+    n_outs, n_ins = zip(*[weight.shape for weight in weights], strict=True)
+    columns = power_of_two(max(n_ins))
+    constants = {"KEEP": keep is not None, "ROWS": max(1, NORM_ELEMENTS // columns), "COLUMNS": columns}
+    options = {"num_warps": 8}
+    arguments = (pointers, n_outs, n_ins, tolerance)
+    return Call(spectral.spectral_norms, (len(weights),), arguments, constants, options)
 
 
 def _mlp_call(

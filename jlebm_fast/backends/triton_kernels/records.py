@@ -59,3 +59,16 @@ class RecordPointers(NamedTuple):
     displacement: Tensor | None
     first_bad_step: Tensor | None
     trajectory: Tensor | None
+
+
+class SpectralPointers(NamedTuple):
+    """Of every weight whose spectral norm is taken: float32 [n_out, n_in], what to start from, and where results go."""
+
+    weights: tuple[Tensor, ...]
+    starts: tuple[Tensor, ...]
+    us: tuple[Tensor, ...]
+    vs: tuple[Tensor, ...]
+    sigmas: tuple[Tensor, ...]
+    normalised: tuple[Tensor, ...]
+    kept_us: tuple[Tensor, ...]
+    kept_vs: tuple[Tensor, ...]
