@@ -34,7 +34,7 @@ class Reproduce:
     parts: tuple[Part, ...] = PARTS
     """Tables and figures to make."""
     steps: int = 0
-    """Updates of every model; 0 for the set's own (3,000; quick 300)."""
+    """Updates of every model; 0 for the set's own (3,000; quick 400)."""
     seeds: int = 0
     """Seeds 0, 1, … of every row; 0 for the set's own (3; quick 1)."""
     jobs: int = 0

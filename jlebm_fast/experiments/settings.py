@@ -44,11 +44,13 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(
-    steps=300,
+    steps=400,
     seeds=(0,),
     samples=2000,
     chain_steps=(15, 60, 300),
     energy_widths=(0, 20, 100),
     digits=(1,),
     content_steps=500,
+    # f has little time to learn; this rate makes long runs diverge (docs/models.md)
+    energy_rate=5e-4,
 )
