@@ -3,81 +3,135 @@
     forward    f, and for the derivative to come h_l and delta_l = df/da_l of all layers, in one call
     backward   with g = dloss/df:   dW_l = (g delta_l) h_{l-1}ᵀ,   db_l = delta_l g,   dc = g delta_1,   dz = g ∇f
 
-A backward that is itself to be differentiated runs through the formulas of `backends/eager.py`, and so does everything
-that `serves` turns away: other devices and dtypes, wide layers, autocast, compilers, torch.func, forward-mode autograd.
+Backends cpu and cuda have such a pass. A backward that is itself to be differentiated runs through the formulas of
+`backends/eager.py`, and so does everything that `native_pass` turns away: other devices and dtypes, wide layers,
+autocast, compilers, torch.func, forward-mode autograd.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
+from . import backends, ops
 from .backends import _native, cpu, eager
+from .modes import autocast_enabled
 from .problem import MLP
 
-# Gradients in the parameters: the native pass pays where many small layers make calls the cost. With fewer layers, or
-# more chains, torch's own backward makes fewer passes over memory (benchmarks/results, section "energy").
+# Gradients in the parameters on the CPU: the native pass pays where many small layers make calls the cost. With fewer
+# layers, or more chains, torch's own backward makes fewer passes over memory (benchmarks/results, section "energy").
 _FEWEST_LAYERS_FOR_PARAMETERS, _MOST_CHAINS_FOR_PARAMETERS = 3, 1024
+
+
+class Pass(NamedTuple):
+    """What a native pass found; all but the value are None unless asked for.
+
+    value    f [chains]
+    hidden   h_1 … h_L, each [H_l, chains]
+    delta    df/da_1 … df/da_L, df/dlogits, each [H_l, chains]
+    grad     ∇f [chains, dim]
+    joined   delta of all layers in one tensor [H_1 + … + J, chains], where they stand so
+    """
+
+    value: Tensor
+    hidden: Sequence[Tensor] | None = None
+    delta: Sequence[Tensor] | None = None
+    grad: Tensor | None = None
+    joined: Tensor | None = None
+
+
+NativePass = Callable[[Tensor, MLP, bool, bool], Pass]  # z, mlp, layers asked for, gradient asked for
 
 
 def energy(z: Tensor, mlp: MLP) -> Tensor:
     """f(z) [chains], differentiable in z, weights, biases and context_bias."""
-    if not serves(z, mlp):
+    native = native_pass(z, mlp)
+    if native is None:
         return eager.mlp_forward(z, mlp)[0]
     if not torch.is_grad_enabled():
-        return cpu.mlp_energy_layers(z.contiguous(), mlp, layers=False, grad=False)[0]
+        return native(z.contiguous(), mlp, False, False).value
+    learned = any(weight.requires_grad for weight in mlp.weights)
     pays = mlp.spec.n_hidden >= _FEWEST_LAYERS_FOR_PARAMETERS and z.shape[0] <= _MOST_CHAINS_FOR_PARAMETERS
-    if not pays and any(weight.requires_grad for weight in mlp.weights):
+    if z.is_cpu and learned and not pays:
         return eager.mlp_forward(z, mlp)[0]
-    return _Energy.apply(mlp, z, mlp.context_bias, *mlp.weights, *mlp.biases)
+    return _Energy.apply(native, mlp, z, mlp.context_bias, *mlp.weights, *mlp.biases)
 
 
-def serves(z: Tensor, mlp: MLP) -> bool:
-    """Whether the native pass can compute this call."""
-    return (
-        not ops.watched(z)
-        and z.dtype is torch.float32
-        and z.is_cpu
-        and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0
-        and cpu.fits_lanes(mlp.spec)
-        and _native.unavailable_reason() is None
-    )
+def native_pass(z: Tensor, mlp: MLP) -> NativePass | None:
+    """The native pass that can compute this call; None if plain torch has to."""
+    if ops.watched(z) or z.dtype is not torch.float32 or forward_ad._current_level >= 0 or autocast_enabled(z.device):
+        return None
+    if z.is_cpu:
+        return _on_cpu if cpu.fits_lanes(mlp.spec) and _native.unavailable_reason() is None else None
+    # delta of the logit is a constant there. One launch instead of some fifty; not yet measured on a GPU.
+    plain_head = mlp.spec.head == "identity" and mlp.spec.n_logits == 1
+    if z.is_cuda and z.shape[0] > 0 and plain_head:
+        reason = backends.reason_against("cuda", "mlp_energy_grad", device=z.device, dtype=z.dtype, spec=mlp.spec)
+        return pass_of(backends.load("cuda")) if reason is None else None
+    return None
+
+
+def _on_cpu(z: Tensor, mlp: MLP, layers: bool, grad: bool) -> Pass:
+    value, hidden, delta, gradient = cpu.mlp_energy_layers(z, mlp, layers=layers, grad=grad)
+    if not layers:
+        return Pass(value, grad=gradient)
+    widths = mlp.spec.widths
+    return Pass(value, hidden.split_with_sizes(widths[1:-1]), delta.split_with_sizes(widths[1:]), gradient, delta)
+
+
+def pass_of(kernels: Any) -> NativePass:
+    """The native pass by the CUDA kernels, for one plain logit."""
+
+    def run(z: Tensor, mlp: MLP, layers: bool, grad: bool) -> Pass:
+        value, gradient, hidden, delta = kernels.mlp_energy_layers(z, mlp, layers=layers)
+        if not layers:
+            return Pass(value, grad=gradient)
+        of_logit = z.new_full((1, z.shape[0]), mlp.spec.out_scale)
+        return Pass(value, [h.t() for h in hidden], [*(d.t() for d in delta), of_logit], gradient)
+
+    return run
 
 
 class _Energy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mlp: MLP, z: Tensor, context_bias: Tensor | None, *parameters: Tensor | None) -> Tensor:
-        of_z, of_layers = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:])
-        value, hidden, delta, grad = cpu.mlp_energy_layers(z.contiguous(), mlp, layers=of_layers, grad=of_z)
+    def forward(
+        ctx: Any, native: NativePass, mlp: MLP, z: Tensor, context_bias: Tensor | None, *parameters: Tensor | None
+    ) -> Tensor:
+        of_z, of_layers = ctx.needs_input_grad[2], any(ctx.needs_input_grad[3:])
+        found = native(z.contiguous(), mlp, of_layers, of_z)
         ctx.save_for_backward(z, context_bias, *parameters)
-        ctx.mlp, ctx.found = mlp, (hidden, delta, grad)
-        return value
+        ctx.mlp, ctx.found = mlp, found._replace(value=None)
+        return found.value
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         z, context_bias, *parameters = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (None, *_differentiable_backward(ctx, cotangent, [z, context_bias, *parameters]))
-        needs, widths = ctx.needs_input_grad[1:], ctx.mlp.spec.widths
-        hidden, delta, grad = ctx.found
+            return (None, None, *_differentiable_backward(ctx, cotangent, [z, context_bias, *parameters]))
+        needs, widths = ctx.needs_input_grad[2:], ctx.mlp.spec.widths
+        found = ctx.found
         n = len(widths) - 1
-        of_z = cotangent.unsqueeze(1) * grad if needs[0] else None
-        if delta is None:
-            return (None, of_z, None, *[None] * (2 * n))
-        of_biases = delta.mv(cotangent).split_with_sizes(widths[1:])
-        scaled = (delta * cotangent).split_with_sizes(widths[1:])
-        below = [z.t(), *hidden.split_with_sizes(widths[1:-1])]
+        of_z = cotangent.unsqueeze(1) * found.grad if needs[0] else None
+        if found.delta is None:
+            return (None, None, of_z, None, *[None] * (2 * n))
+        if found.joined is None:
+            of_biases = [d.mv(cotangent) for d in found.delta]
+            scaled = [d * cotangent for d in found.delta]
+        else:
+            of_biases = found.joined.mv(cotangent).split_with_sizes(widths[1:])
+            scaled = (found.joined * cotangent).split_with_sizes(widths[1:])
+        below = [z.t(), *found.hidden]
         of_weights = [
             torch.mm(d, h.t()) if need else None for d, h, need in zip(scaled, below, needs[2:], strict=False)
         ]
         of_context = scaled[0].t() if needs[1] else None
         return (
+            None,
             None,
             of_z,
             of_context,
@@ -93,6 +147,6 @@ def _differentiable_backward(ctx: Any, cotangent: Tensor, inputs: list[Tensor | 
     n = len(parameters) // 2
     mlp = ctx.mlp._replace(weights=parameters[:n], biases=parameters[n:], context_bias=context_bias)
     value = eager.mlp_forward(z, mlp)[0]
-    wanted = list(itertools.compress(own, ctx.needs_input_grad[1:]))
+    wanted = list(itertools.compress(own, ctx.needs_input_grad[2:]))
     found = iter(torch.autograd.grad(value, wanted, cotangent, create_graph=True, allow_unused=True))
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[1:]]
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[2:]]

@@ -7,6 +7,7 @@ After every section the JSON is written: benchmarks/results/gpu-<date>.json, and
     limits      what this card reaches: a large bf16 and fp32 matrix product, a large copy
     tests       tests/gpu: parity in all precisions, noise, law, graphs, streams, fuzz
     backends    the tests that run on every backend, on this card
+    energy      EnergyMLP's forward and backward beside plain torch (energy.py)
     chains      the published problems against eager, torch.compile and the published loop (chains.py)
     sanitizer   compute-sanitizer on a small case, if it is there
 
@@ -31,7 +32,7 @@ ROOT = HERE.parents[1]
 BACKEND_TESTS = [f"tests/test_{name}.py" for name in ("noise", "ops", "sampler", "registration")]
 TOTAL_S = 530  # of 9 minutes, with time to print
 # most seconds of each section; `chains` gets what is left beside the last one
-LIMITS_S = {"build": 180, "limits": 45, "tests": 150, "backends": 90, "sanitizer": 60}
+LIMITS_S = {"build": 180, "limits": 45, "tests": 150, "backends": 90, "energy": 30, "sanitizer": 60}
 
 
 class Report:
@@ -96,7 +97,7 @@ def build_command() -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: host build of the kernels, tiny sizes")
-    parser.add_argument("--sections", default="build,limits,tests,backends,chains,sanitizer")
+    parser.add_argument("--sections", default="build,limits,tests,backends,energy,chains,sanitizer")
     options = parser.parse_args()
     began = time.monotonic()
     report = Report(options.dry_run)
@@ -118,6 +119,7 @@ def main() -> int:
         "limits": python(str(HERE / "limits.py"), str(scratch / "limits.json"), *dry),
         "tests": [*pytest, "-m", "gpu", "tests/gpu"],
         "backends": [*pytest, *BACKEND_TESTS, "-k", "cuda"],
+        "energy": python(str(HERE / "energy.py"), str(scratch / "energy.json"), *dry),
         "chains": python(str(HERE / "chains.py"), str(scratch / "chains.json"), *dry),
         "sanitizer": [
             "compute-sanitizer", "--error-exitcode", "9", *python(str(HERE / "small_case.py"), *dry),

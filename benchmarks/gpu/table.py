@@ -14,6 +14,13 @@ def summary(content: dict) -> str:
             f"measured limits: bf16 {limits['bf16_tflops']:.1f} TFLOP/s, fp32 {limits['fp32_tflops']:.1f} TFLOP/s, "
             f"copy {limits['copy_gb_s']:.0f} GB/s",
         ]
+    for entry in sections.get("energy", {}).get("result", []):
+        place = f"{entry['case']:5}{entry['chains']:>8} EnergyMLP, gradient in {entry['what']}"
+        if "skipped" in entry:
+            lines.append(f"{place}: not measured ({entry['skipped']})")
+        else:
+            fused, plain = entry["fused"]["median_ms"], entry["plain"]["median_ms"]
+            lines.append(f"{place}, ms: fused {fused:.3g}, plain {plain:.3g}")
     chains = sections.get("chains", {}).get("result", {})
     if chains:
         lines += ["", *_times(chains["measurements"], limits)]

@@ -343,9 +343,9 @@ def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor]:
     return _kernels().mlp_energy_grad(z, mlp)
 
 
-def mlp_energy_layers(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+def mlp_energy_layers(z: Tensor, mlp: MLP, *, layers: bool = True) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """See `Kernels.mlp_energy_layers`."""
-    return _kernels().mlp_energy_layers(z, mlp)
+    return _kernels().mlp_energy_layers(z, mlp, layers=layers)
 
 
 def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from mlp_host import cast, coefficients, make_mlp, plain_chain, plain_energy_grad, rms
@@ -261,6 +263,20 @@ def test_a_captured_call_without_a_key_draws_one_at_every_replay(chip, device_on
     assert not torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
     assert torch.equal(runs[1], runs[3])
+
+
+@pytest.mark.parametrize("chains", [9, 100, 5000])
+def test_training_gradients(device_only, chains):
+    """Forward and backward of EnergyMLP on the device, against float64."""
+    f = jf.EnergyMLP((2, 2, 2, 10), 50, 4, spectral_norm=True).cuda()
+    z = normal(chains, 16).cuda()
+    value = f(z)
+    assert "_Energy" in type(value.grad_fn).__name__
+    got = torch.autograd.grad(value.mean(), list(f.parameters()))
+    double = copy.deepcopy(f).double()
+    exact = torch.autograd.grad(double(z.double()).mean(), list(double.parameters()))
+    for ours, oracle in zip(got, exact, strict=True):
+        assert (ours.double() - oracle).norm() <= 1e-4 * oracle.norm() + 1e-6
 
 
 def test_follows_the_current_stream(chip, device_only):
