@@ -5,13 +5,17 @@
     steps 2 …      per step: the noise of this step, its coefficients, one replay
 
 A decoder's forward and backward are a hundred launches; a replay is one. The noise is the contract's own, written by
-`langevin_noise` outside the graph, so the result is that of an uncaptured chain. Not yet run on a GPU: tested with a
-stand-in for the capture that replays the step's function.
+`langevin_noise` outside the graph, so the result is that of an uncaptured chain. Each thread keeps, for each of its
+streams, the last graph and the memory of its step, about one forward and backward: the next chain is captured into the
+same memory. Not yet run on a GPU: tested with a stand-in for the capture that replays the step's function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -34,11 +38,17 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """torch.cuda.graph on a stream of its own, which the current stream waits for."""
+    """CUDA graphs captured on a stream of their own, one after the other into one pool of memory.
+
+    Not `torch.cuda.graph`: that waits for the device and empties torch's cache before each capture, and leaves its
+    stream current where one fails.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graph: torch.cuda.CUDAGraph | None = None  # keeps the pool's memory for the next one
 
     def first(self, run: Callable[[], None]) -> None:
         current = torch.cuda.current_stream(self._device)
@@ -48,16 +58,66 @@ class CudaCapture:
         current.wait_stream(self._stream)
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
+        graph, ended = torch.cuda.CUDAGraph(), False
+        generator = torch.cuda.default_generators[self._device.index]
+        before = generator.clone_state()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
-                run()
-        except RuntimeError as error:
+            with torch.cuda.stream(self._stream), _no_garbage_collection():
+                # other threads may go on calling CUDA meanwhile: one that loads data, one that watches NCCL
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
+                    ended = True
+        except BaseException as error:
+            if not ended:
+                self._forget_broken_capture(generator, before)
+            # the pool's memory goes with its last graph, and its name cannot be used again then
+            self._graph, self._pool = None, torch.cuda.graph_pool_handle()
+            if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RuntimeError(
                 "the step of this chain cannot be captured in a CUDA graph: its energy or log_likelihood waits for the "
                 f"device or allocates on the host ({error}); pass capture=False to run it step by step"
             ) from error
+        self._graph = graph
         return graph.replay
+
+    def _forget_broken_capture(self, generator: torch.Generator, before: torch.Generator) -> None:
+        """After a capture that CUDA broke off: torch's generator and allocator would go on believing in it."""
+        generator.graphsafe_set_state(before)
+        with contextlib.suppress(RuntimeError):  # nothing to end where it never began
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What the collector frees, another graph for instance, may call what a capture forbids."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+class _OfThread(threading.local):
+    """The captures of a thread: its chains follow each other on each stream, so they can share memory."""
+
+    def __init__(self) -> None:
+        self.captures: dict[tuple[int, int], CudaCapture] = {}
+
+    def on(self, device: torch.device) -> CudaCapture:
+        stream = torch.cuda.current_stream(device)
+        key = (stream.device.index, stream.cuda_stream)
+        if key not in self.captures:
+            self.captures[key] = CudaCapture(stream.device)
+        return self.captures[key]
+
+
+_OF_THREAD = _OfThread()
 
 
 def can_capture(z: Tensor, n_steps: int) -> bool:
@@ -119,4 +179,4 @@ def _noise_of(update: Update, k: int, z: Tensor, backend: str) -> Tensor:
 
 def capture_of(z: Tensor, n_steps: int, wanted: bool) -> Capture | None:
     """The capture for a chain from z, or None where it runs step by step."""
-    return CudaCapture(z.device) if wanted and can_capture(z, n_steps) else None
+    return _OF_THREAD.on(z.device) if wanted and can_capture(z, n_steps) else None

@@ -1,5 +1,8 @@
 """A captured step: with a stand-in for the CUDA graph whose replay runs the step's function on the same memory."""
 
+import contextlib
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -106,16 +109,77 @@ def test_only_on_a_cuda_device_and_for_chains_worth_it():
     assert not can_capture(torch.zeros(0, 4), 60)
 
 
-def test_a_step_that_cannot_be_captured_names_the_remedy(monkeypatch):
-    class Refused:
-        def __init__(self, *_, **__):
-            raise RuntimeError("operation not permitted when stream is capturing")
+class Cuda:
+    """torch.cuda as far as a capture goes: its calls, and a step or an end that CUDA refuses."""
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", Refused)
-    with pytest.raises(RuntimeError, match=r"not permitted .*pass capture=False"):
-        CudaCapture(torch.device("cuda")).record(lambda: None)
+    def __init__(self, monkeypatch, refused):
+        self.calls, self.pools = [], 0
+        cuda = self
+
+        class Graph:
+            def capture_begin(self, pool, capture_error_mode):
+                assert capture_error_mode == "thread_local"
+                cuda.calls.append(f"begin in pool {pool}")
+
+            def capture_end(self):
+                cuda.calls.append("end")
+                if refused:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+            def replay(self):
+                cuda.calls.append("replay")
+
+        class Generator:
+            def clone_state(self):
+                return "before"
+
+            def graphsafe_set_state(self, state):
+                cuda.calls.append(f"generator as {state}")
+
+        def pool():
+            self.pools += 1
+            return self.pools
+
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", pool)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "default_generators", (Generator(),))
+        ended = lambda index, pool: cuda.calls.append(f"allocator done with pool {pool}")  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+
+
+def test_captures_follow_each_other_into_one_pool(monkeypatch):
+    cuda = Cuda(monkeypatch, refused=False)
+    capture = CudaCapture(torch.device("cuda", 0))
+    for _ in range(2):
+        capture.record(lambda: cuda.calls.append("step"))()
+    assert cuda.calls == ["begin in pool 1", "step", "end", "replay"] * 2
+    assert gc.isenabled()
+
+
+def test_a_step_that_cannot_be_captured_names_the_remedy_and_leaves_torch_in_order(monkeypatch):
+    cuda = Cuda(monkeypatch, refused=True)
+    capture = CudaCapture(torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match=r"previous error.*pass capture=False"):
+        capture.record(lambda: None)
+    assert cuda.calls == ["begin in pool 1", "end", "generator as before", "allocator done with pool 1"]
+    with pytest.raises(RuntimeError):
+        capture.record(lambda: None)
+    assert cuda.calls[4] == "begin in pool 2"
+    assert gc.isenabled()
+
+
+def test_a_mistake_in_the_step_is_told_as_it_is(monkeypatch):
+    cuda = Cuda(monkeypatch, refused=False)
+
+    def wrong():
+        raise ValueError("log_likelihood must return")
+
+    with pytest.raises(ValueError, match=r"^log_likelihood must return$"):
+        CudaCapture(torch.device("cuda", 0)).record(wrong)
+    assert cuda.calls == ["begin in pool 1", "end"]
+    assert cuda.pools == 2
 
 
 def test_a_graph_of_the_caller_draws_its_key_on_the_device(monkeypatch):

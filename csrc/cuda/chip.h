@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "cuda/errors.h"
 
 #define JLEBM_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
@@ -22,10 +24,11 @@ void enqueue(const LaunchSite& site, void (*kernel)(P...), const Geometry& geome
              A&&... arguments) {
     if (geometry.grid == 0 || geometry.grid_y == 0) return;
     const DeviceScope device(launch.device, site);
-    // 48 KB need no permission; above, each function of each device has to be told once (cheap, and legal in a capture)
+    // 48 KB need no permission. Above, each function of each device has to be told (cheap, and legal in a capture):
+    // always the most that it may have, so that a launch beside this one, from another thread, never finds it lowered.
     if (geometry.shared_bytes > 48 * 1024)
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   int(geometry.shared_bytes)),
+                                   std::max(launch.max_shared_bytes, int(geometry.shared_bytes))),
               site, geometry, launch);
     const dim3 grid(unsigned(geometry.grid), unsigned(geometry.grid_y), 1);
     kernel<<<grid, unsigned(geometry.block), size_t(geometry.shared_bytes), cudaStream_t(launch.stream)>>>(
@@ -69,13 +72,16 @@ JLEBM_DEVICE T shuffle_down(T v, int delta) {
 JLEBM_DEVICE bool warp_any(bool v) { return __any_sync(0xffffffffu, v); }
 JLEBM_DEVICE bool warp_all(bool v) { return __all_sync(0xffffffffu, v); }
 
+// volatile: warp-wide, never to be moved under a branch that only some lanes take
 JLEBM_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 JLEBM_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

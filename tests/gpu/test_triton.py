@@ -21,6 +21,8 @@ REHEARSAL = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
 SHAPES = {"HS": [16, 50, 50, 50, 50, 1], "FID": [50, 100, 100, 1], "LEBM": [100, 200, 200, 1]}
 KEY = 0x0123456789ABCDEF
+# seeds of 5000 starts from which no unit of the leaky nets comes closer to its kink than 8e-6: rounding decides no slope
+NO_KINK = {"HS": 23, "FID": 33, "LEBM": 2}
 
 
 def to(record):
@@ -40,7 +42,7 @@ def problem(shape, chains, n_steps, seed=1):
     mlp = make_mlp(SHAPES[shape], "gelu" if shape == "LEBM" else "leaky_relu", seed=seed)
     dim = mlp.spec.dim
     update = Update(coefficients(n_steps), prior_precision=torch.ones(dim), noise=normal(n_steps, chains, dim, seed=5))
-    return mlp, normal(chains, dim, seed=2), update
+    return mlp, normal(chains, dim, seed=NO_KINK[shape]), update
 
 
 def rounded(t):
