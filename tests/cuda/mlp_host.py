@@ -98,6 +98,17 @@ def rms(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).square().mean().sqrt())
 
 
+def typical_rms(a: Tensor, b: Tensor) -> float:
+    """The same without the worst tenth of the chains: rounded operands put a few units on the other side of a kink, and
+    not the same ones in two ways of rounding.
+    """
+    squares = (
+        (a.double() - b.double()).square().flatten(1) if a.dim() > 1 else (a.double() - b.double()).square()[:, None]
+    )
+    of_chains = squares.mean(1).sort().values
+    return float(of_chains[: max(1, -(-9 * len(of_chains) // 10))].mean().sqrt())
+
+
 def assert_as_good_as_torch(got: Tensor, plain: Tensor, oracle: Tensor, what: str) -> None:
     assert got.shape == oracle.shape, what
     assert torch.isfinite(got).all(), what

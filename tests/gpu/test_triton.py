@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from mlp_host import cast, coefficients, make_mlp, plain_energy_grad, rms
+from mlp_host import cast, coefficients, make_mlp, plain_energy_grad, rms, typical_rms
 
 from jlebm_fast import backends, precision
 from jlebm_fast.backends import eager
@@ -21,7 +21,8 @@ REHEARSAL = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
 SHAPES = {"HS": [16, 50, 50, 50, 50, 1], "FID": [50, 100, 100, 1], "LEBM": [100, 200, 200, 1]}
 KEY = 0x0123456789ABCDEF
-# seeds of 5000 starts from which no unit of the leaky nets comes closer to its kink than 8e-6: rounding decides no slope
+# seeds of 5000 starts from which no unit of the leaky nets comes closer to its kink than 8e-6: no slope hangs on
+# float32's rounding
 NO_KINK = {"HS": 23, "FID": 33, "LEBM": 2}
 
 
@@ -95,7 +96,8 @@ def test_energy_and_gradient(name, shape, chains):
         got = ours.mlp_energy_grad(z.to(DEVICE), to(mlp))
     exact = eager.mlp_energy_grad(z.double(), cast(mlp, torch.float64))
     for mine, theirs, oracle in zip(got, plain(z, mlp, name), exact, strict=True):
-        assert rms(mine.cpu(), oracle) <= 2 * rms(theirs, oracle) + 1e-6
+        error = rms if name == "fp32" else typical_rms
+        assert error(mine.cpu(), oracle) <= 2 * error(theirs, oracle) + 1e-6
 
 
 @pytest.mark.parametrize("name", precision.NAMES)
