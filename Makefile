@@ -33,7 +33,7 @@ clean:
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) torch numpy setuptools wheel pybind11 cmake ninja
 	$(PIP) --no-build-isolation --editable '.[train,dev]'
-	-.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1
+	.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	touch $@
 
 .venv/ready-to-bench: .venv/ready
