@@ -240,16 +240,16 @@ def check_mlp(mlp: MLP, z: Tensor) -> None:
     spec = mlp.spec
     if len(mlp.weights) != spec.n_hidden + 1 or len(mlp.biases) != spec.n_hidden + 1:
         raise ValueError(f"the MLP must have {spec.n_hidden + 1} weights and biases, got {len(mlp.weights)}")
-    widths, dtype, device = spec.widths, z.dtype, z.device
-    for layer, (weight, bias, n_in, n_out) in enumerate(zip(mlp.weights, mlp.biases, widths, widths[1:])):
-        if weight.shape != (n_out, n_in) or weight.dtype is not dtype or weight.device != device:
+    dtype, device = z.dtype, z.device
+    for layer, (weight, bias, shape) in enumerate(zip(mlp.weights, mlp.biases, spec.weight_shapes)):
+        if weight.shape != shape or weight.dtype is not dtype or weight.device != device:
             raise ValueError(
-                f"weight {layer} of the energy must be {[n_out, n_in]} {dtype_name(dtype)} on {device} like z, "
+                f"weight {layer} of the energy must be {list(shape)} {dtype_name(dtype)} on {device} like z, "
                 f"got {describe(weight)}"
             )
-        if bias is not None and (bias.shape != (n_out,) or bias.dtype is not dtype or bias.device != device):
+        if bias is not None and (bias.shape != shape[:1] or bias.dtype is not dtype or bias.device != device):
             raise ValueError(
-                f"bias {layer} of the energy must be {[n_out]} {dtype_name(dtype)} on {device} like z, "
+                f"bias {layer} of the energy must be {[shape[0]]} {dtype_name(dtype)} on {device} like z, "
                 f"got {describe(bias)}"
             )
     if mlp.context_bias is not None:

@@ -50,6 +50,17 @@ class MLPSpec:
         return self.widths[-1]
 
     @functools.cached_property
+    def weight_shapes(self) -> tuple[tuple[int, int], ...]:
+        """[out, in] of the L + 1 weights."""
+        return tuple(zip(self.widths[1:], self.widths))
+
+    @functools.cached_property
+    def native_fields(self) -> tuple[tuple[int, ...], list[int], tuple[float, ...], int, float]:
+        """What native kernels are told of it, in the order of `csrc/bindings_records.h`: names by their place above."""
+        codes = [ACTIVATIONS.index(name) for name in self.activations]
+        return self.widths, codes, self.activation_params, HEADS.index(self.head), self.out_scale
+
+    @functools.cached_property
     def negated(self) -> MLPSpec:
         """The spec of −f."""
         return dataclasses.replace(self, out_scale=-self.out_scale)

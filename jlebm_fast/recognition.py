@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .backends import eager
 from .checks import SUPPORTED_DTYPES, describe, dtype_name
-from .energy import EnergyMLP
+from .energy import EnergyLinear, EnergyMLP
 from .latents import LatentLayout
 from .modes import capturing, chain_mode
 from .ops import check_spec
@@ -405,4 +405,5 @@ def is_plain_energy_mlp(net: object) -> bool:
         return False
     if net._forward_hooks or net._forward_pre_hooks:
         return False
-    return all(type(layer).__name__ == "EnergyLinear" for layer in net._modules["layers"]._modules.values())
+    # a parametrised layer is of a class of its own
+    return all(type(layer) is EnergyLinear for layer in net._modules["layers"]._modules.values())

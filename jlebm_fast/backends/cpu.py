@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import ACTIVATIONS, HEADS, MLP, ChainResult, MLPSpec, Record, Update
+from ..problem import MLP, ChainResult, MLPSpec, Record, Update
 from . import _native, cpu_blas
 
 NAME = "cpu"
@@ -196,28 +196,21 @@ class _Addresses(list):
         return tensor.data_ptr()
 
 
-_ACTIVATION_CODE = {name: code for code, name in enumerate(ACTIVATIONS)}
-_HEAD_CODE = {name: code for code, name in enumerate(HEADS)}
-
-
 def _mlp_fields(mlp: MLP, address: _Addresses) -> tuple:
-    spec = mlp.spec
+    # what is contiguous needs no copy: asking for that first costs less than a call of `address`
     return (
-        spec.widths,
-        [_ACTIVATION_CODE[name] for name in spec.activations],
-        spec.activation_params,
-        _HEAD_CODE[spec.head],
-        spec.out_scale,
+        *mlp.spec.native_fields,
         [weight.data_ptr() if weight.is_contiguous() else address(weight) for weight in mlp.weights],
-        [0 if bias is None else address(bias) for bias in mlp.biases],
+        [0 if bias is None else bias.data_ptr() if bias.is_contiguous() else address(bias) for bias in mlp.biases],
         0 if mlp.context_bias is None else address(mlp.context_bias),
         0 if mlp.logit is None else address(mlp.logit),
     )
 
 
-def _update_fields(update: Update, address: _Addresses) -> tuple:
+def _update_fields(update: Update, address: _Addresses, noise_key: int | None = None) -> tuple:
+    """An Update as native kernels take it; noise_key replaces its own, which may be a tensor."""
     # most of it is absent in most calls, and asking for what is absent costs as much as asking for what is there
-    steps, chains, mean, precision, frozen, noise, noise_key, first_step, first_chain, extra_grad = update
+    steps, chains, mean, precision, frozen, noise, own_key, first_step, first_chain, extra_grad = update
     return (
         address(steps),
         0 if chains is None else address(chains),
@@ -226,7 +219,7 @@ def _update_fields(update: Update, address: _Addresses) -> tuple:
         *((0, 0) if frozen is None else (address(frozen), _chain_stride(frozen))),
         0 if noise is None else address(noise),
         0 if extra_grad is None else address(extra_grad),
-        noise_key,
+        own_key if noise_key is None else noise_key,
         first_step,
         first_chain,
     )

@@ -47,18 +47,24 @@ class Kernels:
 
     def plan(self, op: str, spec: MLPSpec, chains: int, energies: bool, device: torch.device) -> tuple[int, str]:
         """(bytes of workspace, regime in words)."""
-        launch = self.launch(device, None)
+        return self._plan(op, spec, chains, energies, self.launch(device, None))
+
+    def _plan(self, op: str, spec: MLPSpec, chains: int, energies: bool, launch: tuple) -> tuple[int, str]:
         key = (op, spec, chains, energies, launch[0], launch[2], launch[5:])
-        if key not in self._plans:
-            self._plans[key] = self.native.cuda_mlp_plan(
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = self.native.cuda_mlp_plan(
                 op=op, chains=chains, mlp=_shape_fields(spec), energies=energies, launch=launch
             )
-        return self._plans[key]
+        return found
 
     def _with_workspace(self, op: str, mlp: MLP, chains: int, energies: bool, device: torch.device) -> tuple:
         """(launch, workspace); torch's allocator reuses the memory in the order of the stream, so it may be let go."""
-        n_bytes = self.plan(op, mlp.spec, chains, energies, device)[0]
-        workspace = torch.empty(n_bytes, dtype=torch.uint8, device=device) if n_bytes else None
+        launch = self.launch(device, None)
+        n_bytes = self._plan(op, mlp.spec, chains, energies, launch)[0]
+        if n_bytes == 0:
+            return launch, None
+        workspace = torch.empty(n_bytes, dtype=torch.uint8, device=device)
         return self.launch(device, workspace), workspace
 
     def langevin_noise(
@@ -103,7 +109,7 @@ class Kernels:
                 dim=z.shape[1],
                 z=address(z),
                 grad=address(grad),
-                update=_update_fields(update._replace(noise_key=number), address),
+                update=_update_fields(update, address, number),
                 noise_key_at=at,
                 out=out.data_ptr(),
                 launch=self.launch(z.device, None),
@@ -162,9 +168,9 @@ class Kernels:
             n_steps=n_steps,
             z=address(z),
             mlp=_mlp_fields(mlp, address),
-            update=_update_fields(update._replace(noise_key=number), address),
+            update=_update_fields(update, address, number),
             noise_key_at=at,
-            record=(record.thin, *[address(t) for t in result[1:]]),
+            record=(record.thin, *[0 if t is None else t.data_ptr() for t in result[1:]]),
             out=result.z.data_ptr(),
             launch=launch,
         )
@@ -298,7 +304,7 @@ def _launch(device: torch.device, workspace: Tensor | None) -> tuple:
     index = torch.cuda.current_device() if device.index is None else device.index
     return (
         index,
-        torch.cuda.current_stream(index).cuda_stream,
+        torch._C._cuda_getCurrentRawStream(index),  # without an object around it
         precision.NAMES.index(precision.current()),
         0 if workspace is None else workspace.data_ptr(),
         0 if workspace is None else workspace.numel(),
