@@ -3,7 +3,9 @@
     trace      a float64 copy of the module runs once and `tracing.py` conjectures its structure
     test       value and gradient of that structure against the copy's own, on random inputs of two batch sizes
     keep       the structure, per module and weakly; never a parameter: those are read at every call
-    watch      modules, modes (train/eval), hooks and plain attributes that differ from the trace's start it anew
+    watch      modules, forwards, modes (train/eval), ties between parameters and attributes (plain values however nested,
+               identities of the rest) that differ from the trace's start it anew
+    refuse     what could change unseen: foreign hooks, values of tensors read by a forward, numbers of unknown origin
 
 Spectral norm at call time follows `spectral.py`. A module that is not recognised runs its own forward under autograd,
 on clones of its buffers, so that sampling leaves a power iteration or running mean as it was.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,6 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .backends import eager
 from .checks import SUPPORTED_DTYPES, describe, dtype_name
@@ -45,6 +51,9 @@ _FORWARD_ERRORS = (
 _TEST_CHAINS = (3, 7)
 _TEST_TOLERANCE = 1e-9
 _PLAIN = (bool, int, float, str, type(None))
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+_MOST_WATCHED = 64  # entries of a list or dict among a module's attributes
+_NORM_HOOKS = (SpectralNorm, WeightNorm)
 _ABSENT = object()
 _DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
@@ -56,18 +65,28 @@ class Unrecognised(NamedTuple):
 
 
 class Guards:
-    """A snapshot of everything about a module, except tensors, that its structure may depend on."""
+    """A snapshot of everything about a module, except values of tensors, that its structure may depend on."""
 
     def __init__(self, net: nn.Module) -> None:
         self._classes, self._scalars, self._identities, self._lengths, self._shapes = [], [], [], [], []
+        self._others, self._ties = [], []
+        owners: dict[int, tuple[dict, str]] = {}
         for module in net.modules():
             entries = module.__dict__
-            self._classes.append((weakref.ref(module), type(module)))
+            self._classes.append((weakref.ref(module), type(module), forward_of(type(module))))
             for holder in (entries, *(options_of(name, value) for name, value in entries.items())):
                 self._scalars += [(holder, name, v) for name, v in holder.items() if type(v) in _PLAIN]
-            self._shapes += [
-                (module._parameters, n, None if p is None else p.shape) for n, p in module._parameters.items()
+            self._others += [
+                (entries, name, frozen(value))
+                for name, value in entries.items()
+                if name not in _OF_EVERY_MODULE and type(value) not in _PLAIN
             ]
+            for name, p in module._parameters.items():
+                self._shapes.append((module._parameters, name, shape_of(p)))
+                if p is not None:
+                    first = owners.setdefault(id(p), (module._parameters, name))
+                    if first[0] is not module._parameters or first[1] != name:
+                        self._ties.append((*first, module._parameters, name))
             self._identities += [(module._modules, name, id(child)) for name, child in module._modules.items()]
             hooks = (module._modules, module._parameters, module._forward_hooks, module._forward_pre_hooks)
             self._lengths += [(collection, len(collection)) for collection in (entries, *hooks)]
@@ -84,10 +103,42 @@ class Guards:
             if len(collection) != length:
                 return False
         for parameters, name, shape in self._shapes:
-            parameter = parameters.get(name)
-            if (None if parameter is None else parameter.shape) != shape:
+            if shape_of(parameters.get(name)) != shape:
                 return False
-        return all(type(ref()) is cls for ref, cls in self._classes)
+        for entries, name, value in self._others:
+            if frozen(entries.get(name)) != value:
+                return False
+        for one, name, other, other_name in self._ties:
+            if one.get(name) is not other.get(other_name):
+                return False
+        return all(type(ref()) is cls and forward_of(cls) == forward for ref, cls, forward in self._classes)
+
+
+def forward_of(cls: type) -> int:
+    """Identity of the forward that instances of a module class run."""
+    return next(id(vars(base)["forward"]) for base in cls.__mro__ if "forward" in vars(base))
+
+
+def shape_of(parameter: nn.Parameter | None) -> torch.Size | None:
+    """None where there is none, and where it has no shape yet (`nn.LazyLinear`)."""
+    return None if parameter is None or is_lazy(parameter) else parameter.shape
+
+
+def frozen(value: object, depth: int = 4) -> object:
+    """What can be compared later of an attribute: plain values however nested, identities of everything else."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, types.MethodType):
+        return id(value.__func__)
+    if depth == 0 or isinstance(value, (Tensor, nn.Module)) or callable(value):
+        return id(value)
+    if isinstance(value, dict):
+        return tuple((key, frozen(entry, depth - 1)) for key, entry in itertools.islice(value.items(), _MOST_WATCHED))
+    if isinstance(value, (list, tuple)):
+        return tuple(frozen(entry, depth - 1) for entry in value[:_MOST_WATCHED])
+    if hasattr(value, "__dict__"):
+        return frozen(vars(value), depth - 1)
+    return id(value)
 
 
 def options_of(name: str, value: object) -> dict[str, object]:
@@ -95,6 +146,64 @@ def options_of(name: str, value: object) -> dict[str, object]:
     if isinstance(value, (argparse.Namespace, types.SimpleNamespace)):
         return vars(value)
     return value if type(value) is dict and not name.startswith("_") else {}
+
+
+def numbers_of(net: nn.Module) -> frozenset[tuple[type, float]]:
+    """Numbers of known origin, with int or float: those in the code behind the modules' forwards, and their attributes.
+
+    A number from anywhere else (a global, a closure, computed from others) may change without being noticed.
+    """
+    found: set[tuple[type, float]] = set()
+    seen: set[int] = set()
+    for module in net.modules():
+        for name, value in module.__dict__.items():
+            if name not in _OF_EVERY_MODULE:
+                _collect_plain(frozen(value), found)
+                _collect_written(value, found, seen)
+        for cls in type(module).__mro__:
+            if cls in (nn.Module, object):
+                break
+            for value in vars(cls).values():
+                _collect_written(value, found, seen)
+    return frozenset(found)
+
+
+def _collect_plain(value: object, found: set[tuple[type, float]]) -> None:
+    """The numbers among plain values, however nested."""
+    if isinstance(value, tuple):
+        for entry in value:
+            _collect_plain(entry, found)
+    elif isinstance(value, float):
+        found.add((float, float(value)))
+    elif type(value) is int:
+        found.add((int, value))
+
+
+def _collect_written(value: object, found: set[tuple[type, float]], seen: set[int]) -> None:
+    """The constants in the code of a function, and of the functions that it names."""
+    function = getattr(value, "__func__", value)
+    if type(function) is not types.FunctionType or id(function) in seen:
+        return
+    seen.add(id(function))
+    if function.__module__.partition(".")[0] == "torch":
+        return
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        _collect_plain(tuple(c for c in code.co_consts if type(c) in (int, float)), found)
+        codes += [constant for constant in code.co_consts if type(constant) is types.CodeType]
+        for name in code.co_names:
+            _collect_written(function.__globals__.get(name), found, seen)
+    _collect_plain((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()), found)
+
+
+def foreign_hook(net: nn.Module) -> str | None:
+    """The layer with a forward hook that the fused kernels would never run; None if there is no such hook."""
+    for path, module in net.named_modules():
+        known = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _NORM_HOOKS)]
+        if module._forward_hooks or len(known) != len(module._forward_pre_hooks):
+            return f"layer '{path}' ({type(module).__name__})" if path else f"the {type(module).__name__} itself"
+    return None
 
 
 class _Layer:
@@ -208,14 +317,21 @@ def _float64_copy(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, memo).to(torch.float64)
 
 
-def _trace(net: nn.Module, layout: LatentLayout, chains: int, scale: float, device: torch.device) -> Structure:
+def _trace(
+    net: nn.Module,
+    layout: LatentLayout,
+    chains: int,
+    scale: float,
+    device: torch.device,
+    numbers: frozenset[tuple[type, float]],
+) -> Structure:
     """One traced run of a float64 copy, its structure tested on the values of the run."""
     generator = torch.Generator("cpu").manual_seed(chains)
     flat = scale * torch.randn(chains, layout.dim, generator=generator, dtype=torch.float64, device="cpu")
     flat = flat.to(device).requires_grad_()
     z = layout.restore(flat)
     entries = layout.restore(torch.arange(chains * layout.dim, device=device).view(chains, layout.dim))
-    tracer = Tracer(net, chains, layout.dim, device)
+    tracer = Tracer(net, chains, layout.dim, device, numbers)
     pieces = [(z, entries)] if isinstance(z, Tensor) else zip(z, entries, strict=True)
     for piece, numbers in pieces:
         tracer.put(piece, Label(entries=numbers))
@@ -252,22 +368,24 @@ def _close(value: Tensor, expected: Tensor) -> bool:
 
 
 def recognise(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognised:
-    """Trace and test a module, leaving it, its buffers and torch's random state as they are."""
+    """Trace and test a module, leaving it, its buffers and torch's random state as they are: a draw is refused."""
+    if any(is_lazy(parameter) for parameter in net.parameters()):
+        return Unrecognised("it has parameters without a shape yet; call it once")
+    hooked = foreign_hook(net)
+    if hooked is not None:
+        return Unrecognised(f"{hooked} carries a forward hook, which the fused kernels would never run")
     tensor = next(net.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
-    devices = [] if device.type == "cpu" else [device]
+    numbers = numbers_of(net)
     try:
         twin = _float64_copy(net)
     except _FORWARD_ERRORS as error:
         return Unrecognised(f"it cannot be copied to be examined: {error}")
-    with (
-        chain_mode(device, gradients=True),
-        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
-    ):
+    with chain_mode(device, gradients=True):
         try:
             # two runs: a forward that depends on the batch, or on the values in it, shows
             first, second = (
-                _trace(twin, layout, n, scale, device) for n, scale in zip(_TEST_CHAINS, (1, 3), strict=True)
+                _trace(twin, layout, n, scale, device, numbers) for n, scale in zip(_TEST_CHAINS, (1, 3), strict=True)
             )
         except Untraceable as why:
             return Unrecognised(str(why))
@@ -287,6 +405,8 @@ def recognised(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognise
     remembered = _found.setdefault(net, {})
     key = (layout, net.training)
     entry = remembered.get(key)
+    if entry is None and any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
+        return Unrecognised("a scripted or traced module cannot be watched; pass the nn.Module it was made from")
     if entry is None or not entry[0].hold():
         if len(remembered) >= _MAX_REMEMBERED:
             remembered.clear()

@@ -134,7 +134,8 @@ class FastLangevin:
         Args:
             z: [chains, dim], [chains, dim, 1, 1], or a list or tuple of layers [chains, d_l]; float32 or float64
             generator: source of the noise key; default torch's global CPU generator
-            log_likelihood: z (in its structure) → [chains] or a scalar sum; its gradient joins ∇f: a posterior chain
+            log_likelihood: z (in its structure) → [chains] or a scalar sum; its gradient joins ∇f: a posterior chain.
+                What it multiplies or subtracts must not be made inside torch.inference_mode: autograd refuses that
             noise: eps [n_steps, chains, dim], or one [n_steps, chains, d_l] per layer, instead of the noise contract's
             mask: True freezes: one bool per layer, one bool tensor per layer, [dim] or [chains, dim]
             return_info: also return a LangevinInfo with diagnostics
@@ -184,6 +185,8 @@ class FastLangevin:
             flat, layout = flatten_latents(z)
             if flat.is_inference():
                 flat = flat.clone()
+            if isinstance(context, Tensor) and context.is_inference():
+                context = context.clone()
             update = self._update(flat, layout, generator, noise, mask, noise_key, first_step, first_chain)
             ops.check_thin(thin)
             record = Record(return_info, return_trajectory, thin)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .energy import EnergyLinear
 from .problem import MLPSpec
 
 # fmt: off
@@ -30,7 +31,21 @@ _KEEPING = frozenset((
     "contiguous", "clone", "to", "double", "type", "type_as", "detach", "data", "requires_grad", "alias",
 ))
 _READING = frozenset(("item", "bool", "float", "int", "tolist", "numpy", "array", "index"))
+_HOOKING = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
+_DRAWING = frozenset((
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli",
+    "multinomial", "poisson", "binomial", "uniform", "exponential", "cauchy", "log_normal", "geometric", "random",
+    "gumbel_softmax",
+))
+_DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout",
+                       "feature_alpha_dropout"))
 # fmt: on
+
+_DEFAULTS = {"leaky_relu": 0.01, "elu": 1.0, "softplus": 1.0}
+# whoever changed it later would not be noticed
+_OF_UNKNOWN_ORIGIN = (
+    "{} with the number {!r}, which is neither written in the module's code nor an attribute of it (int or float),"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +109,25 @@ class Label(NamedTuple):
 
 
 class Tracer(TorchFunctionMode):
-    """Labels everything that descends from the given latents while a module runs."""
+    """Labels everything that descends from the given latents while a module runs.
 
-    def __init__(self, net: nn.Module, chains: int, dim: int, device: torch.device) -> None:
+    numbers   (int or float, value) of those that may scale a value or shape an activation: their origin is known and
+              watched (`recognition.py`)
+    """
+
+    def __init__(
+        self, net: nn.Module, chains: int, dim: int, device: torch.device, numbers: frozenset[tuple[type, float]]
+    ) -> None:
         super().__init__()
-        self.net, self.chains, self.dim, self.device = net, chains, dim, device
+        self.net, self.chains, self.dim, self.device, self.numbers = net, chains, dim, device, numbers
         self.columns: tuple[int, ...] = ()
         self.labels: dict[int, tuple[Tensor, Label]] = {}
-        self.reads_values: str | None = None
+        self.refused: str | None = None
         self._stack: list[tuple[str, nn.Module]] = []
         self._hooks = []
         for path, module in net.named_modules():
+            if isinstance(module, EnergyLinear):  # its own forward is never run, and a hook on it refused
+                continue
             self._hooks.append(
                 module.register_forward_pre_hook(lambda m, _, path=path: self._stack.append((path, m)), prepend=True)
             )
@@ -132,14 +155,23 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         inputs = [label for label in map(self.get, tree_leaves((args, kwargs))) if label is not None]
+        name = _name(func)
+        draws = self._draws(name, args, kwargs)
+        if draws is not None:
+            # before it does: torch's generator is not ours to advance, nor to set back under other threads
+            self.refused = self.refused or f"{draws} in {self._where()}"
+            raise Untraceable(self.refused)
         result = func(*args, **kwargs)
+        if name in _READING and not isinstance(result, Tensor):
+            # of a buffer too: what was read would be a constant from then on
+            what = "values of z" if inputs else "the value of a tensor"
+            self.refused = self.refused or f"forward reads {what} ({name}) in {self._where()}"
         if not inputs:
             return result
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        name = _name(func)
         if not outputs:
-            if name in _READING:
-                self.reads_values = self.reads_values or f"forward reads values of z ({name}) in {self._where()}"
+            if name in _HOOKING:
+                self.refused = self.refused or f"forward hooks into a gradient ({name}) in {self._where()}"
             return result
         unknown = next((label for label in inputs if label.unknown), None)
         if unknown is not None:
@@ -152,6 +184,14 @@ class Tracer(TorchFunctionMode):
             for output in outputs:
                 self.put(output, label)
         return result
+
+    def _draws(self, name: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        """What would draw random numbers; None of everything else."""
+        if name in _DROPOUTS:
+            training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+            p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+            return f"active dropout (p = {p}, training mode)" if training and p > 0 else None
+        return f"a random draw ({name})" if name in _DRAWING else None
 
     def _where(self) -> str:
         path, module = self._stack[-1] if self._stack else ("", self.net)
@@ -186,10 +226,8 @@ class Tracer(TorchFunctionMode):
             return label._replace(entries=label.entries.reshape(outputs[0].shape))
         if name in ("linear", "conv2d") and self.get(args[0]) is label and len(inputs) == 1:
             return self._linear(name, label, args, kwargs)
-        if name in ("dropout", "feature_dropout", "alpha_dropout") and label.plain:
-            training = kwargs.get("training", args[2] if len(args) > 2 else True)
-            p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-            return self._unknown(f"active dropout (p = {p}, training mode)") if training and p > 0 else label
+        if name in _DROPOUTS and label.plain:  # not active, or `_draws` would have refused it
+            return label
         if name == "logsumexp":
             return self._logsumexp(label, args, kwargs, outputs[0])
         if name in ("neg", "negative", "mul", "multiply", "rmul", "div", "truediv", "true_divide", "divide"):
@@ -197,11 +235,18 @@ class Tracer(TorchFunctionMode):
         found = activation_of(name, args, kwargs)
         if found is None:
             return self._unknown(f"{name} is not an operation of an MLP")
+        if found[1] not in (0.0, _DEFAULTS.get(name)) and not self._known(found[1], written_as_int=True):
+            return self._unknown(_OF_UNKNOWN_ORIGIN.format(name, found[1]))
         # tanh is odd: the sign passes through
         fits = label.plain or (found[0] == "tanh" and label.head is None and label.factor == -1.0)
         if len(inputs) != 1 or not fits or not label.linears or len(label.post) == len(label.linears):
             return self._unknown(f"{name} does not follow a linear layer")
         return label._replace(post=(*label.post, found))
+
+    def _known(self, number: float, *, written_as_int: bool = False) -> bool:
+        if written_as_int and float(number).is_integer() and (int, number) in self.numbers:
+            return True
+        return (float if isinstance(number, float) else int, number) in self.numbers
 
     def _scaled(self, name: str, label: Label, args: tuple, inputs: list[Label]) -> Label:
         if name in ("neg", "negative"):
@@ -214,6 +259,8 @@ class Tracer(TorchFunctionMode):
         numbers = [arg for arg in args if isinstance(arg, (int, float))]
         if len(inputs) != 1 or len(numbers) != 1 or not label.linears:
             return self._unknown(f"{name} with a tensor, or of z itself,")
+        if not self._known(numbers[0]):
+            return self._unknown(_OF_UNKNOWN_ORIGIN.format(name, numbers[0]))
         return label._replace(factor=label.factor / numbers[0] if "div" in name else label.factor * numbers[0])
 
     def _logsumexp(self, label: Label, args: tuple, kwargs: dict, output: Tensor) -> Label:
@@ -329,8 +376,8 @@ def _name(func: Callable[..., Any]) -> str:
 def structure_of(tracer: Tracer, output: object) -> tuple[Structure, tuple[Linear, ...]]:
     """The structure behind a module's output, and the layers with the tensors they used."""
     label = tracer.get(output)
-    if tracer.reads_values is not None:
-        raise Untraceable(tracer.reads_values)
+    if tracer.refused is not None:
+        raise Untraceable(tracer.refused)
     if label is None:
         raise Untraceable("its output is not a tensor that torch operations computed from z")
     if label.unknown is not None:

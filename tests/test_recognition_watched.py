@@ -1,0 +1,214 @@
+"""Whatever changes about a recognised module after the first call is seen, or the module was never trusted."""
+
+import dataclasses
+import threading
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import published_loop
+from torch import nn
+
+import jlebm_fast as jf
+from jlebm_fast.latents import flatten_latents
+from jlebm_fast.recognition import EnergySource, Recognised, Unrecognised
+
+OUTSIDE = {"scale": 1.0}
+
+
+def normal(*shape, seed=31):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+Z, NOISE = normal(6, 10), normal(8, 6, 10, seed=32)
+
+
+def mlp():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(10, 14), nn.Tanh(), nn.Linear(14, 1))
+
+
+class Scaled(nn.Module):
+    """f scaled by what `scale` finds, each in its own way."""
+
+    def __init__(self, scale, **attributes):
+        super().__init__()
+        self.net, self.scale = mlp(), scale
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, z):
+        return self.net(z) * self.scale(self)
+
+
+@dataclasses.dataclass
+class Options:
+    beta: float = 1.0
+
+
+def with_buffer(scale):
+    module = Scaled(scale)
+    module.register_buffer("beta", torch.ones(()))
+    return module
+
+
+class Act(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b, self.act = nn.Linear(10, 14), nn.Linear(14, 1), F.relu
+
+    def forward(self, z):
+        return self.b(self.act(self.a(z)))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b, self.c = nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 1)
+        self.b.weight = self.a.weight
+
+    def forward(self, z):
+        return self.c(torch.relu(self.b(torch.relu(self.a(z)))))
+
+
+class Clamped(nn.Module):
+    """A hook on a gradient that does nothing as long as the weights are small."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b = nn.Linear(10, 14), nn.Linear(14, 1)
+
+    def forward(self, z):
+        h = self.a(z)
+        h.register_hook(lambda g: g.clamp(-5, 5))
+        return self.b(torch.tanh(h))
+
+
+def hooked(scale):
+    net = mlp()
+    net.register_forward_hook(lambda module, inputs, output: output * scale["by"])
+    return net
+
+
+def patched(scale, net=None):
+    net = mlp() if net is None else net
+    net.forward = types.MethodType(lambda self, z: nn.Sequential.forward(self, z) * scale, net)
+    return net
+
+
+HOOK = {"by": 1.0}
+CHANGES = {
+    "item of a buffer": (lambda: with_buffer(lambda m: m.beta.item()), lambda m: m.beta.fill_(5.0)),
+    "float of a buffer": (lambda: with_buffer(lambda m: float(m.beta)), lambda m: m.beta.fill_(5.0)),
+    "a float": (lambda: Scaled(lambda m: m.beta, beta=1.5), lambda m: setattr(m, "beta", 5.0)),
+    "a dataclass": (lambda: Scaled(lambda m: m.o.beta, o=Options()), lambda m: setattr(m.o, "beta", 5.0)),
+    "a list": (lambda: Scaled(lambda m: m.betas[0], betas=[1.0]), lambda m: m.betas.__setitem__(0, 5.0)),
+    "a global": (lambda: Scaled(lambda m: OUTSIDE["scale"]), lambda m: OUTSIDE.update(scale=5.0)),
+    "a function": (Act, lambda m: setattr(m, "act", torch.tanh)),
+    "a tie": (Tied, lambda m: setattr(m.b, "weight", nn.Parameter(normal(10, 10)))),
+    "a gradient hook": (Clamped, lambda m: m.b.weight.data.mul_(300)),
+    "a forward hook": (lambda: hooked(HOOK), lambda m: HOOK.update(by=5.0)),
+    "a second forward": (lambda: patched(1.5), lambda m: patched(5.0, m)),
+}
+WATCHED = ("a float", "a dataclass", "a list", "a function", "a tie")
+
+
+def assert_right(prior, module):
+    got = prior.sample(Z, noise=NOISE)
+    expected = published_loop(module.double(), Z.double(), 0.4, NOISE.double())
+    module.float()
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_is_seen(what):
+    make, change = CHANGES[what]
+    module = make()
+    prior = jf.FastLangevin(module, n_steps=8, step_size=0.4)
+    assert_right(prior, module)
+    found = EnergySource(module).found(flatten_latents(Z)[1], {})
+    assert isinstance(found, Recognised) == (what in WATCHED), found
+    change(module)
+    assert_right(prior, module)
+
+
+def test_numbers_of_other_origin_are_named():
+    OUTSIDE["scale"] = 1.0
+    found = EnergySource(Scaled(lambda m: OUTSIDE["scale"])).found(flatten_latents(Z)[1], {})
+    assert isinstance(found, Unrecognised)
+    assert "the number 1.0, which is neither written in the module's code nor an attribute" in found.reason
+
+
+def test_examining_in_one_thread_leaves_the_noise_of_another_alone():
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, z):
+            if z.dtype == torch.float64:
+                inside.set()
+                go_on.wait(10)
+            return self.net(z)
+
+    other = jf.FastLangevin(jf.EnergyMLP(10, 8, 2), n_steps=2)
+    thread = threading.Thread(target=lambda: jf.FastLangevin(Slow(), n_steps=1)(Z))
+    thread.start()
+    inside.wait(10)
+    first = other(Z)
+    go_on.set()
+    thread.join()
+    assert not torch.equal(first, other(Z))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_wraps_an_energy_mlp(norm):
+    """A plain one is looked through; with a spectral norm it runs through autograd, for the right reason."""
+
+    class Negative(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(4)
+            self.f = jf.EnergyMLP(10, 14, 2, spectral_norm=norm)
+
+        def forward(self, z):
+            return -self.f(z)
+
+    module = Negative()
+    prior = jf.FastLangevin(module, n_steps=8, step_size=0.4)
+    assert_right(prior, module.eval())
+    found = EnergySource(module).found(flatten_latents(Z)[1], {})
+    if norm:
+        assert "(EnergyMLP)" in found.reason
+    else:
+        assert isinstance(found, Recognised)
+
+
+def test_modules_that_cannot_be_watched_run_through_autograd():
+    scripted = torch.jit.trace(mlp(), Z)
+    lazy = nn.Sequential(nn.LazyLinear(14), nn.Tanh(), nn.LazyLinear(1))
+    for module, reason in ((scripted, "scripted or traced"), (lazy, "call it once")):
+        found = EnergySource(module).found(flatten_latents(Z)[1], {})
+        assert reason in found.reason
+        assert jf.FastLangevin(module, n_steps=2)(Z).shape == Z.shape
+    assert isinstance(EnergySource(lazy).found(flatten_latents(Z)[1], {}), Recognised)
+
+
+def test_a_context_made_in_inference_mode():
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.c = mlp(), nn.Linear(3, 10)
+
+        def forward(self, z, context):
+            return self.net(z * self.c(context))
+
+    prior = jf.FastLangevin(Conditional(), n_steps=2)
+    with torch.inference_mode():
+        assert prior(Z, context=normal(6, 3)).shape == Z.shape
