@@ -3,8 +3,8 @@
     trace      a float64 copy of the module runs once and `tracing.py` conjectures its structure
     test       value and gradient of that structure against the copy's own, on random inputs of two batch sizes
     keep       the structure, per module and weakly; never a parameter: those are read at every call
-    watch      modules, forwards, modes (train/eval), ties between parameters and attributes (plain values however nested,
-               identities of the rest) that differ from the trace's start it anew
+    watch      modules, forwards, modes (train/eval), ties between parameters, attributes (plain values however nested,
+               identities of the rest): what differs from the trace's starts it anew
     refuse     what could change unseen: foreign hooks, values of tensors read by a forward, numbers of unknown origin
 
 Spectral norm at call time follows `spectral.py`. A module that is not recognised runs its own forward under autograd,
