@@ -28,8 +28,8 @@ Latents = Tensor | list[Tensor] | tuple[Tensor, ...]
 class LangevinInfo(NamedTuple):
     """What a chain tells about itself; kept are the steps k with (k + 1) % thin == 0, n_kept = n_steps // thin.
 
-    energy           [n_kept, chains] the energy where step k's gradient was taken, before its update; a spectral norm is
-                     the converged one, which the module's own forward in eval mode need not have
+    energy           [n_kept, chains] the energy where step k's gradient was taken, before its update; with a spectral
+                     norm the converged one, which the module's own forward in eval mode need not have
     grad_norm        [n_kept, chains] norm of the gradient there, log-likelihood included, prior excluded
     displacement     [n_kept, chains] length of step k's move
     first_bad_step   [chains] int64: first step of this call that left z non-finite, counted from 0; -1 if none did
