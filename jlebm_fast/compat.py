@@ -12,9 +12,9 @@ the latter is wanted, exactly as published, pass `lambda z: netE(z)` instead of 
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -96,19 +96,47 @@ class _EnergyForm(nn.Module):
         self.netE, self.form = netE, form
 
     def forward(self, z: Tensor) -> Tensor:
-        score = self.netE(z)
-        if self.form == "tanh":
-            return torch.tanh(-score)
-        return torch.sigmoid(score) if self.form == "sigmoid" else F.softplus(score)
+        return _in_form(self.netE(z), self.form)
 
 
-@functools.lru_cache(maxsize=8)
+def _in_form(score: Tensor, form: str) -> Tensor:
+    if form == "tanh":
+        return torch.tanh(-score)
+    return torch.sigmoid(score) if form == "sigmoid" else F.softplus(score)
+
+
+# by id(netE), for as long as netE lives: what is recognised of a form is remembered with it. The oldest gives way to a
+# ninth, for one whose own attributes lead back to it would stay.
+_MOST_FORMS = 8
+_forms: dict[int, tuple[weakref.ref, dict[str, _EnergyForm]]] = {}
+
+
 def _with_form(netE: nn.Module | Callable[[Tensor], Tensor], form: str) -> nn.Module | Callable[[Tensor], Tensor]:
-    if form == "identity":
-        return netE
-    if form not in ("tanh", "sigmoid", "softplus"):
+    if form not in ("identity", "tanh", "sigmoid", "softplus"):
         raise ValueError(f"e_energy_form must be identity, tanh, sigmoid or softplus, got {form!r}")
-    return _EnergyForm(netE, form)
+    if form == "identity" or not callable(netE):
+        return netE
+    if not isinstance(netE, nn.Module):
+        # still a plain callable: never recognised, so that its own forward runs at every step
+        return lambda z: _in_form(netE(z), form)
+    if isinstance(netE, torch.jit.ScriptModule) or any(vars(cls).get("__slots__") for cls in type(netE).__mro__):
+        return _EnergyForm(netE, form)  # has state outside its __dict__
+    entry = _forms.get(id(netE))
+    if entry is None or entry[0]() is not netE:
+        if len(_forms) >= _MOST_FORMS:
+            _forms.pop(next(iter(_forms)))
+        key = id(netE)
+        entry = _forms[key] = (weakref.ref(netE, lambda _: _forms.pop(key, None)), {})
+    if form not in entry[1]:
+        entry[1][form] = _EnergyForm(_stand_in(netE), form)
+    return entry[1][form]
+
+
+def _stand_in(net: nn.Module) -> nn.Module:
+    """A module that is `net` in all it has and does, for both have one __dict__, and that does not keep `net` alive."""
+    twin = object.__new__(type(net))
+    object.__setattr__(twin, "__dict__", vars(net))
+    return twin
 
 
 def sample_langevin_prior_z(

@@ -23,14 +23,14 @@ from .checks import describe
 class GaussianPrior:
     """The Gaussian p0(z) = N(mean, std²) that an energy tilts: p(z) ∝ exp(f(z)) p0(z).
 
-    Its drift term is (mean − z)/std².
+    Its drift term is (mean − z)/std². Tensors are copied: what becomes of them later does not matter.
 
     Args:
         mean: float, or tensor [dim], [chains, 1] or [chains, dim]
         std: the same; positive
 
     Raises:
-        ValueError: std is not positive, or at the call a shape does not fit z.
+        ValueError: not finite, or std not positive; at the call, a shape that does not fit z.
 
     Example:
         >>> GaussianPrior(std=0.5)
@@ -43,12 +43,14 @@ class GaussianPrior:
 
     def __post_init__(self) -> None:
         for name, value in (("mean", self.mean), ("std", self.std)):
-            if not isinstance(value, (float, int, Tensor)):
+            if not isinstance(value, (float, int, Tensor)) or (isinstance(value, Tensor) and value.is_complex()):
                 raise ValueError(f"{name} of the prior must be a float or a tensor, got {describe(value)}")
-            finite = torch.isfinite(torch.as_tensor(value)).all()
-            if not finite:
+            if isinstance(value, Tensor):
+                value = value.detach().clone()
+                object.__setattr__(self, name, value)
+            if not (torch.isfinite(value).all() if isinstance(value, Tensor) else math.isfinite(value)):
                 raise ValueError(f"{name} of the prior must be finite")
-        if not (torch.as_tensor(self.std) > 0).all():
+        if not ((self.std > 0).all() if isinstance(self.std, Tensor) else self.std > 0):
             raise ValueError(f"std of the prior must be positive, got {self.std}")
 
     def terms(self, z: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -62,6 +64,11 @@ class GaussianPrior:
 
 
 STANDARD_NORMAL = GaussianPrior()
+
+
+def check_prior(prior: object) -> None:
+    if prior is not None and not isinstance(prior, GaussianPrior):
+        raise ValueError(f"prior must be a GaussianPrior or None, got {describe(prior)}")
 
 
 def _broadcast(name: str, value: float | Tensor, z: Tensor) -> Tensor:
@@ -80,30 +87,44 @@ def _broadcast(name: str, value: float | Tensor, z: Tensor) -> Tensor:
 def check_schedule(
     name: str, value: float | Sequence[float] | Tensor, n_steps: int
 ) -> float | tuple[float, ...] | Tensor:
-    """A float, a tuple of n_steps floats, or a per-chain tensor [chains]: finite and not negative."""
+    """A float, a tuple of n_steps floats, or a copy of a per-chain tensor [chains]: finite and not negative."""
+    wanted = f"must be a float, a sequence of {n_steps} or a tensor [chains]"
     if isinstance(value, Tensor) and value.dim() == 1:
         if not value.dtype.is_floating_point:
             raise ValueError(f"{name} must be a floating point tensor [chains], got {describe(value)}")
         if not (torch.isfinite(value) & (value >= 0)).all():
             raise ValueError(f"{name} must be finite and not negative in every chain")
-        return value.detach()
+        return value.detach().clone()
     if isinstance(value, Tensor) and value.dim() > 1:
-        raise ValueError(f"{name} must be a float, a sequence of {n_steps} or a tensor [chains], got {describe(value)}")
+        raise ValueError(f"{name} {wanted}, got {describe(value)}")
     if isinstance(value, str) or value is None:
-        raise ValueError(f"{name} must be a float, a sequence of {n_steps} or a tensor [chains], got {value!r}")
-    if isinstance(value, (float, int, Tensor)) or not hasattr(value, "__len__"):
-        entries: tuple[float, ...] = (float(value),)
-        result: float | tuple[float, ...] = entries[0]
-    else:
-        entries = result = tuple(float(v) for v in value)
+        raise ValueError(f"{name} {wanted}, got {value!r}")
+    # an array of no dimensions has a __len__ that raises
+    if hasattr(value, "__len__") and hasattr(value, "__iter__") and getattr(value, "ndim", 1):
+        entries = result = tuple([_as_float(f"{name}[{i}]", "must be a float", v) for i, v in enumerate(value)])
         if len(entries) != n_steps:
             raise ValueError(
                 f"{name} as a sequence must have n_steps = {n_steps} entries, got {len(entries)} "
                 "(one value per chain is given as a tensor)"
             )
+    else:
+        entries: tuple[float, ...] = (_as_float(name, wanted, value),)
+        result: float | tuple[float, ...] = entries[0]
     if not all(math.isfinite(v) and v >= 0 for v in entries):
         raise ValueError(f"{name} must be finite and not negative, got {value}")
     return result
+
+
+def _as_float(name: str, wanted: str, value: object) -> float:
+    """float(value), of a number or of an array or tensor that holds one."""
+    if isinstance(value, (float, int)):
+        return float(value)
+    if not isinstance(value, (str, bytes)) and not (isinstance(value, Tensor) and value.is_complex()):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass  # no number: said below
+    raise ValueError(f"{name} {wanted}, got {describe(value) if isinstance(value, Tensor) else repr(value)}")
 
 
 def step_coefficients(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoints, fused_energy
-from .checks import describe, dtype_name
+from .checks import SUPPORTED_DTYPES, describe, dtype_name
 from .latents import LatentLayout, flatten_latents
 from .ops import check_spec
 from .problem import ACTIVATIONS, HEADS, MLP, MLPSpec
@@ -99,6 +100,21 @@ def _weights_in_graph(
     return weights
 
 
+def _entries(value: object) -> tuple:
+    """One integer or several as a tuple; empty of what is neither."""
+    if isinstance(value, int):
+        return (value,)
+    several = isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1)
+    return tuple(value) if several else ()
+
+
+def _check_dims(latent_dims: object) -> tuple[int, ...]:
+    dims = _entries(latent_dims)
+    if not dims or any(not isinstance(d, int) or d < 1 for d in dims):
+        raise ValueError(f"latent_dims must be one or more positive integers, got {latent_dims!r}")
+    return dims
+
+
 class EnergyMLP(nn.Module):
     """Energy f(z) = head(W_out h_L + b_out), h_l = phi(W_l h_{l−1} + b_l), h_0 = [z_1 … z_L; c].
 
@@ -145,12 +161,10 @@ class EnergyMLP(nn.Module):
         context_dim: int = 0,
     ) -> None:
         super().__init__()
-        dims = (latent_dims,) if isinstance(latent_dims, int) else tuple(latent_dims)
-        if not dims or any(not isinstance(d, int) or d < 1 for d in dims):
-            raise ValueError(f"latent_dims must be one or more positive integers, got {latent_dims!r}")
+        dims = _check_dims(latent_dims)
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth must be an integer >= 1, got {depth!r}")
-        widths = (hidden,) * depth if isinstance(hidden, int) else tuple(hidden)
+        widths = (hidden,) * depth if isinstance(hidden, int) else _entries(hidden)
         if len(widths) != depth:
             raise ValueError(f"hidden must be one width or {depth} widths (depth = {depth}), got {hidden!r}")
         if activation not in ACTIVATIONS:
@@ -159,14 +173,14 @@ class EnergyMLP(nn.Module):
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
         if not isinstance(context_dim, int) or context_dim < 0:
             raise ValueError(f"context_dim must be an integer >= 0, got {context_dim!r}")
-        if not math.isfinite(negative_slope):
+        if not isinstance(negative_slope, numbers.Real) or not math.isfinite(negative_slope):
             raise ValueError(f"negative_slope must be finite, got {negative_slope!r}")
         parameter = {"leaky_relu": float(negative_slope), "elu": 1.0, "softplus": 1.0}.get(activation, 0.0)
         spec = MLPSpec((sum(dims), *widths, out_features), (activation,) * depth, (parameter,) * depth, head)
         check_spec(spec)
-        if not isinstance(spectral_norm, bool) and len(tuple(spectral_norm)) != depth + 1:
+        per_layer = (spectral_norm,) * (depth + 1) if isinstance(spectral_norm, bool) else _entries(spectral_norm)
+        if len(per_layer) != depth + 1 or any(not isinstance(normed, bool) for normed in per_layer):
             raise ValueError(f"spectral_norm must be a bool or {depth + 1} bools (depth + 1), got {spectral_norm!r}")
-        per_layer = (spectral_norm,) * (depth + 1) if isinstance(spectral_norm, bool) else tuple(spectral_norm)
         self._set_up(dims, spec, per_layer, context_dim)
 
     def _set_up(self, dims: tuple[int, ...], spec: MLPSpec, spectral_norm: tuple[bool, ...], context_dim: int) -> None:
@@ -200,7 +214,9 @@ class EnergyMLP(nn.Module):
         """
         from .recognition import Unrecognised, recognise  # recognition knows EnergyMLP
 
-        dims = (latent_dims,) if isinstance(latent_dims, int) else tuple(latent_dims)
+        if not isinstance(net, nn.Module):
+            raise ValueError(f"net must be a torch.nn.Module, got {describe(net)}")
+        dims = _check_dims(latent_dims)
         if type(net) is EnergyMLP and net.latent_dims == dims:
             return copy.deepcopy(net)
         as_tensor = LatentLayout(Tensor, (sum(dims),), ((),))
@@ -234,6 +250,7 @@ class EnergyMLP(nn.Module):
         if isinstance(z, Tensor):
             flat = z.flatten(1) if z.dim() == 4 and z.shape[2:] == (1, 1) else z
         else:
+            self._check_parameters()
             layout = flatten_latents(z)[1]
             if layout.dims != self.latent_dims:
                 raise ValueError(f"z must be layers of widths {self.latent_dims}, got {layout.dims}")
@@ -243,11 +260,18 @@ class EnergyMLP(nn.Module):
 
     def check_z(self, z: Tensor) -> None:
         """z [chains, dim] with the dtype and device of the parameters."""
-        weight = _own(self._modules["layers"]._modules["0"], "weight")
+        weight = self._check_parameters()
         if z.dim() != 2 or z.shape[1] != self.spec.dim or z.dtype != weight.dtype or z.device != weight.device:
             raise ValueError(
                 f"z must be [chains, {self.spec.dim}] {dtype_name(weight.dtype)} on {weight.device}, got {describe(z)}"
             )
+
+    def _check_parameters(self) -> Tensor:
+        """The first weight; its dtype is one that the operations take."""
+        weight = _own(self._modules["layers"]._modules["0"], "weight")
+        if weight.dtype not in SUPPORTED_DTYPES:
+            raise ValueError(f"parameters of the energy must be float32 or float64, got {dtype_name(weight.dtype)}")
+        return weight
 
     def mlp(
         self,

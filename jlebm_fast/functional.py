@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, dynamics, ops
+from .checks import check_like, describe
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .latents import flatten_latents, flatten_mask
 from .modes import chain_mode, device_of
 from .problem import Update
 from .recognition import EnergySource
-from .rng import noise_key_of
+from .rng import check_noise_key, noise_key_of
 from .stepwise import AnyEnergy
 
 
@@ -56,6 +57,7 @@ def langevin_noise(
 
     Source: Salmon et al., SC 2011 (Philox); Box and Muller, 1958.
     """
+    _check_key(key)
     return ops.langevin_noise(
         key,
         n_steps,
@@ -68,6 +70,16 @@ def langevin_noise(
         dtype=dtype,
         backend=backend,
     )
+
+
+def _check_key(key: int | Tensor) -> None:
+    """The check of a noise key, under the name that it has in `langevin_noise`."""
+    if torch.compiler.is_compiling():
+        return  # the operator checks it
+    try:
+        check_noise_key(key)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("noise_")) from None
 
 
 def langevin_step(
@@ -118,9 +130,11 @@ def langevin_step(
     """
     with chain_mode(device_of(z)):
         flat, layout = flatten_latents(z)
-        flat_grad, grad_layout = flatten_latents(grad)
+        flat_grad, grad_layout = flatten_latents(grad, "grad")
         if grad_layout.dims != layout.dims:
             raise ValueError(f"grad must have the layers of z, widths {layout.dims}, got {grad_layout.dims}")
+        dynamics.check_prior(prior)
+        ops.check_counter("step", step)
         step_size = dynamics.check_schedule("step_size", step_size, 1)
         noise_scale = dynamics.check_schedule("noise_scale", noise_scale, 1)
         rows = dynamics.step_coefficients(step_size, noise_scale, 1)
@@ -129,7 +143,7 @@ def langevin_step(
             if noise_key is not None or generator is not None:
                 raise ValueError("noise replaces the noise field: give either noise, or a generator or noise_key")
             noise_key = 0
-            noise = flatten_latents(noise)[0].unsqueeze(0)
+            noise = check_like("noise", flatten_latents(noise, "noise")[0], (tuple(flat.shape),), flat).unsqueeze(0)
         update = Update(
             torch.tensor(rows, dtype=torch.float64, device="cpu").to(flat.device, flat.dtype),
             dynamics.chain_coefficients(step_size, noise_scale, flat),
@@ -176,6 +190,8 @@ def energy_and_grad(
 
     Source: Cui, Wu, Han, ICCV 2023, section 3.2.
     """
+    if not callable(energy):
+        raise ValueError(f"energy must be a module or a callable, got {describe(energy)}")
     with chain_mode(device_of(z)):
         flat, layout = flatten_latents(z)
         source = EnergySource(energy)

@@ -41,7 +41,7 @@ class LatentLayout(NamedTuple):
         return layers if self.container is list else tuple(layers)
 
 
-def _check_layer(index: int, z: object, first: Tensor) -> None:
+def _check_layer(name: str, index: int, z: object, first: Tensor) -> None:
     if (
         isinstance(z, Tensor)
         and (z.dim() == 2 or (z.dim() == 4 and z.shape[2:] == (1, 1)))
@@ -51,26 +51,29 @@ def _check_layer(index: int, z: object, first: Tensor) -> None:
     ):
         return
     raise ValueError(
-        f"z[{index}] must be [{first.shape[0]}, dim] or [{first.shape[0]}, dim, 1, 1] {dtype_name(first.dtype)} on "
-        f"{first.device} like z[0], got {describe(z)}"
+        f"{name}[{index}] must be [{first.shape[0]}, dim] or [{first.shape[0]}, dim, 1, 1] {dtype_name(first.dtype)} "
+        f"on {first.device} like {name}[0], got {describe(z)}"
     )
 
 
-def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, LatentLayout]:
-    """The flat contiguous tensor [chains, dim] behind `z` (a new tensor, or a view of `z`) and its layout."""
+def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...], name: str = "z") -> tuple[Tensor, LatentLayout]:
+    """The flat contiguous tensor [chains, dim] behind `z` (a new tensor, or a view of `z`) and its layout.
+
+    name: what the caller of the package knows the argument by.
+    """
     if isinstance(z, Tensor):
         if z.dtype not in SUPPORTED_DTYPES or not (z.dim() == 2 or (z.dim() == 4 and z.shape[2:] == (1, 1))):
             raise ValueError(
-                "z must be [chains, dim] or [chains, dim, 1, 1], float32 or float64, or a list of layers, "
+                f"{name} must be [chains, dim] or [chains, dim, 1, 1], float32 or float64, or a list of layers, "
                 f"got {describe(z)}"
             )
         layout = LatentLayout(Tensor, (z.shape[1],), (tuple(z.shape[2:]),))
         flat = z.detach()
         return (flat if flat.dim() == 2 else flat.flatten(1)).contiguous(), layout
     if not isinstance(z, (list, tuple)) or not z:
-        raise ValueError(f"z must be a tensor [chains, dim] or a list of layers [chains, d_l], got {describe(z)}")
+        raise ValueError(f"{name} must be a tensor [chains, dim] or a list of layers [chains, d_l], got {describe(z)}")
     if not isinstance(z[0], Tensor) or z[0].dim() < 1 or z[0].dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"z[0] must be [chains, dim], float32 or float64, got {describe(z[0])}")
+        raise ValueError(f"{name}[0] must be [chains, dim], float32 or float64, got {describe(z[0])}")
     first = z[0]
     chains, dtype, device = first.shape[0], first.dtype, first.device
     for i, layer in enumerate(z):
@@ -81,7 +84,7 @@ def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...]) -> tuple[Tens
             and layer.dtype is dtype
             and layer.device == device
         ):
-            _check_layer(i, layer, first)
+            _check_layer(name, i, layer, first)
     container = list if isinstance(z, list) else tuple
     if all(layer.dim() == 2 for layer in z):
         return torch.cat(z, dim=1).detach(), LatentLayout(

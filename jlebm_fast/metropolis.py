@@ -12,7 +12,7 @@ from . import dynamics
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .functional import energy_and_grad, langevin_noise, langevin_step
 from .latents import LatentLayout, flatten_latents
-from .ops import check_count, check_thin
+from .ops import check_count, check_counter, check_thin
 from .rng import COUNTER_RANGE, noise_key_of
 
 ACCEPT_REJECT = 2  # stream of the noise field: csrc/README.md, "the noise contract"
@@ -86,6 +86,9 @@ def mala(
     """
     check_count("n_steps", n_steps)
     check_thin(thin)
+    check_counter("first_step", first_step)
+    check_counter("first_chain", first_chain)
+    dynamics.check_prior(prior)
     if isinstance(step_size, (list, tuple)):
         raise ValueError("step_size must be a float or a tensor [chains]: a proposal with a schedule is another kernel")
     step_size = dynamics.check_schedule("step_size", step_size, 1)

@@ -51,7 +51,8 @@ class AnyEnergy(NamedTuple):
             options = {name: v for name, v in (("context", self.context), ("y", self.y)) if v is not None}
             value = self.energy(self.layout.restore(z), **options)
             chains = flat.shape[0]
-            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != chains or value.numel() != chains:
+            # of one chain a scalar too: what .squeeze() makes of [1]
+            if not isinstance(value, Tensor) or value.numel() != chains or value.shape[:1] not in ((chains,), ()):
                 raise ValueError(
                     f"energy must return one value per chain, [{chains}], [{chains}, 1] or [{chains}, 1, 1, 1], got "
                     f"{describe(value)}; several logits need a head such as logsumexp(dim=1)"

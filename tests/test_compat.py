@@ -1,6 +1,10 @@
 """jlebm_fast.compat beside loops written the way those codes write them: float32, 60 steps, the same noise."""
 
+import copy
+import dataclasses
+import gc
 import itertools
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +12,7 @@ import torch
 from torch import nn
 
 import jlebm_fast as jf
+from jlebm_fast import recognition
 from jlebm_fast.rng import draw_noise_key
 
 DIMS = (2, 2, 2, 10)
@@ -161,3 +166,80 @@ def test_latent_prior(form, activation, with_noise):
     assert off[sure].max() <= 1e-5
     assert off.max() <= 1e-3
     torch.testing.assert_close(our_norm, norm, rtol=1e-4, atol=1e-6)
+
+
+FORM_ARGS = {"e_l_steps": 3, "e_l_step_size": 0.4, "e_energy_form": "tanh"}
+
+
+def score_net():
+    return nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 1))
+
+
+def test_a_net_that_nobody_holds_is_freed():
+    net = score_net()
+    jf.compat.sample_langevin_prior_z(normal(4, 5), net, FORM_ARGS)
+    gone, weight_gone = weakref.ref(net), weakref.ref(net[0].weight)
+    del net
+    gc.collect()
+    assert gone() is None
+    assert weight_gone() is None
+
+
+def test_a_net_is_examined_once_for_each_form(monkeypatch):
+    examined = []
+    recognise = recognition.recognise
+    monkeypatch.setattr(recognition, "recognise", lambda *a: examined.append(1) or recognise(*a))
+    net, other, z = score_net(), score_net(), normal(4, 5)
+    for _ in range(3):
+        for form in ("tanh", "softplus"):
+            for one in (net, other):
+                jf.compat.sample_langevin_prior_z(z, one, {**FORM_ARGS, "e_energy_form": form})
+    assert len(examined) == 4
+
+
+def test_a_changed_net_is_followed():
+    net, z = score_net(), normal(4, 5)
+    still = {**FORM_ARGS, "e_l_with_noise": False}
+    before = jf.compat.sample_langevin_prior_z(z, net, still)[0]
+    with torch.no_grad():
+        net[0].weight.mul_(2.0)
+    net[1] = nn.SiLU()
+    changed = jf.compat.sample_langevin_prior_z(z, net, still)[0]
+    assert not torch.allclose(before, changed)
+    torch.testing.assert_close(changed, jf.compat.sample_langevin_prior_z(z, copy.deepcopy(net), still)[0])
+
+
+@dataclasses.dataclass
+class Unhashable:
+    scale: float
+
+    def __call__(self, z):
+        return self.scale * z.square().sum(dim=1)
+
+
+class Slotted:
+    __slots__ = ()
+
+    def __call__(self, z):
+        return 0.5 * z.square().sum(dim=1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("energy", [Unhashable(0.5), Slotted()], ids=["unhashable", "without weak references"])
+def test_any_callable_is_an_energy(form, energy):
+    z, args = normal(4, 5), {**FORM_ARGS, "e_energy_form": form, "e_l_with_noise": False}
+    ours = jf.compat.sample_langevin_prior_z(z, energy, args)[0]
+    expected, _ = latent_loop(
+        z[..., None, None], lambda z: energy(z.flatten(1)), form,
+        SimpleNamespace(**args, e_prior_sig=1.0), torch.zeros(3, 4, 5),
+    )  # fmt: skip
+    torch.testing.assert_close(ours, expected.flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_net_runs():
+    torch.manual_seed(5)
+    net, z, still = score_net(), normal(4, 5), {**FORM_ARGS, "e_l_with_noise": False}
+    scripted = torch.jit.trace(net, normal(4, 5))
+    ours = jf.compat.sample_langevin_prior_z(z, scripted, still)[0]
+    torch.testing.assert_close(ours, jf.compat.sample_langevin_prior_z(z, net, still)[0], rtol=0, atol=1e-5)

@@ -1,5 +1,6 @@
 """Step sizes, noise scales and priors become the coefficients of the papers' update."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,11 +52,45 @@ def test_coefficients_are_rounded_once():
         (torch.zeros(2, 2), r"got \[2, 2\] float32 on cpu"),
         (torch.tensor([0.1, -1.0]), "in every chain"),
         (torch.tensor([1, 2]), r"floating point tensor \[chains\]"),
+        ([0.1, None, 0.1], r"step_size\[1\] must be a float, got None"),
+        (["0.1"] * 3, r"step_size\[0\] must be a float, got '0.1'"),
+        (1j, "step_size must be a float, a sequence of 3 or a tensor .*, got 1j"),
+        (np.array("a"), "step_size must be a float, a sequence of 3 or a tensor .*, got array"),
     ],
 )
 def test_bad_step_sizes(value, message):
     with pytest.raises(ValueError, match=message):
         jf.FastLangevin(jf.EnergyMLP(2, 3, 1), n_steps=3, step_size=value)
+
+
+@pytest.mark.parametrize("value", [np.array(0.4), np.float32(0.4), torch.tensor(0.4), 0.4])
+def test_one_number_in_any_wrapping_is_a_float(value):
+    step_size = jf.FastLangevin(jf.EnergyMLP(2, 3, 1), n_steps=3, step_size=value).step_size
+    assert type(step_size) is float
+    assert step_size == pytest.approx(0.4)
+
+
+def test_arrays_are_sequences():
+    step_size = jf.FastLangevin(jf.EnergyMLP(2, 3, 1), n_steps=3, step_size=np.array([0.1, 0.2, 0.3])).step_size
+    assert step_size == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize("name", ["step_size", "noise_scale", "mean", "std"])
+def test_a_configuration_keeps_its_values_when_the_tensor_changes(name):
+    value = torch.full((5, 1) if name in ("mean", "std") else (5,), 0.4)
+    options = {"prior": jf.GaussianPrior(**{name: value})} if name in ("mean", "std") else {name: value}
+    sampler = jf.FastLangevin(jf.EnergyMLP(2, 3, 1), n_steps=3, **options)
+    before = sampler(torch.zeros(5, 2), noise_key=1)
+    value.mul_(-2.0)
+    assert torch.equal(sampler(torch.zeros(5, 2), noise_key=1), before)
+
+
+def test_a_prior_keeps_the_device_and_dtype_of_its_tensors(backend):
+    prior = jf.GaussianPrior(mean=torch.ones(3, dtype=torch.float64, device=backend.device).requires_grad_(), std=2)
+    assert (prior.mean.dtype, prior.mean.device.type) == (torch.float64, torch.device(backend.device).type)
+    mean, precision = prior.terms(torch.zeros(4, 3, device=backend.device))
+    assert torch.equal(mean, torch.ones(3, device=backend.device))
+    assert torch.equal(precision, torch.full((3,), 0.25, device=backend.device))
 
 
 def test_per_chain_step_size_must_fit_z():
@@ -80,6 +115,8 @@ def test_prior_terms():
         ({"std": 0.0}, "std of the prior must be positive"),
         ({"std": torch.tensor([1.0, -1.0])}, "std of the prior must be positive"),
         ({"mean": float("inf")}, "mean of the prior must be finite"),
+        ({"std": torch.tensor([1.0, float("nan")])}, "std of the prior must be finite"),
+        ({"mean": torch.tensor([1j])}, r"mean of the prior must be a float or a tensor, got \[1\] complex64 on cpu"),
         ({"mean": "zero"}, "mean of the prior must be a float or a tensor, got str"),
     ],
 )

@@ -103,6 +103,21 @@ BAD = {
     "logits without head": (lambda: jf.EnergyMLP(4, 5, 1, out_features=3), "takes one logit, got 3; use 'logsumexp'"),
     "slope": (lambda: jf.EnergyMLP(4, 5, 1, negative_slope=float("nan")), "negative_slope must be finite"),
     "context": (lambda: jf.EnergyMLP(4, 5, 1, context_dim=-1), "context_dim must be an integer >= 0"),
+    "a float of latents": (lambda: jf.EnergyMLP(16.0, 8, 2), "latent_dims must be one or more positive .*, got 16.0"),
+    "a word of latents": (lambda: jf.EnergyMLP("16", 8, 2), "latent_dims must be one or more positive .*, got '16'"),
+    "a float of units": (lambda: jf.EnergyMLP(16, 8.0, 2), r"hidden must be one width or 2 widths .*, got 8.0"),
+    "floats of units": (
+        lambda: jf.EnergyMLP(16, (8, 8.0), 2),
+        r"widths must be positive integers, got \(16, 8, 8.0, 1\)",
+    ),
+    "slope of letters": (lambda: jf.EnergyMLP(4, 5, 1, negative_slope="a"), "negative_slope must be finite, got 'a'"),
+    "a word of norms": (
+        lambda: jf.EnergyMLP(16, 50, 2, spectral_norm="yes"),
+        "must be a bool or 3 bools .*, got 'yes'",
+    ),
+    "numbers of norms": (lambda: jf.EnergyMLP(16, 50, 2, spectral_norm=(1, 0, 1)), r"3 bools .*, got \(1, 0, 1\)"),
+    "no norm": (lambda: jf.EnergyMLP(16, 50, 2, spectral_norm=None), "must be a bool or 3 bools .*, got None"),
+    "a function": (lambda: jf.EnergyMLP.from_module(lambda z: z, 4), "net must be a torch.nn.Module, got function"),
     "norms": (lambda: jf.EnergyMLP(4, 5, 1, spectral_norm=[True]), r"spectral_norm must be a bool or 2 bools"),
     "missing context": (
         lambda: jf.EnergyMLP(4, 5, 1, context_dim=2)(normal(3, 4)),
@@ -122,6 +137,17 @@ BAD = {
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_of_half_precision_are_refused_by_their_name(dtype):
+    f = jf.EnergyMLP((2, 2), 5, 1).bfloat16()
+    z = normal(3, 4).to(dtype)
+    for call in (lambda: f(z), lambda: f([z[:, :2], z[:, 2:]])):
+        with pytest.raises(ValueError, match=r"^parameters of the energy must be float32 or float64, got bfloat16$"):
+            call()
+    with pytest.raises(ValueError, match="parameters of the energy must be float32 or float64, got bfloat16"):
+        jf.FastLangevin(f)(normal(3, 4))
 
 
 def test_spectral_norm_is_the_largest_singular_value():

@@ -73,6 +73,75 @@ def test_energy_and_gradient_of_any_energy(backend):
     torch.testing.assert_close(grad, torch.autograd.grad(net(leaf).sum(), leaf)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "mish", "silu"])
+def test_slopes_are_right_far_out(backend, activation):
+    f = jf.EnergyMLP(1, 1, 1, activation=activation).to(backend.device)
+    with torch.no_grad():
+        for p in f.parameters():
+            p.fill_(1.0 if p.dim() == 2 else 0.0)
+    z = torch.tensor([1e3, 1e4, 1e6, 1e12, -1e3, -1e4, -1e6, -1e12], device=backend.device)[:, None]
+    _, grad = jf.energy_and_grad(f, z, backend=backend.name)
+    torch.testing.assert_close(grad, (z > 0).float(), rtol=0, atol=1e-6)
+
+
+Z = torch.zeros(5, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: jf.langevin_step(Z, Z, prior=3), "prior must be a GaussianPrior or None, got int"),
+        (lambda: jf.langevin_step(Z, Z, step=-1), "step must be an integer in [0, 2**32), got -1"),
+        (
+            lambda: jf.langevin_step(Z, Z[0]),
+            "grad must be [chains, dim] or [chains, dim, 1, 1], float32 or float64, or a "
+            "list of layers, got [16] float32 on cpu",
+        ),
+        (
+            lambda: jf.langevin_step(Z, Z, noise=Z[None]),
+            "noise must be [chains, dim] or [chains, dim, 1, 1], float32 or "
+            "float64, or a list of layers, got [1, 5, 16] float32 on cpu",
+        ),
+        (
+            lambda: jf.langevin_step(Z, Z, noise=[Z, Z[:4]]),
+            "noise[1] must be [5, dim] or [5, dim, 1, 1] float32 on cpu like noise[0], got [4, 16] float32 on cpu",
+        ),
+        (
+            lambda: jf.langevin_step(Z, Z, noise=3),
+            "noise must be a tensor [chains, dim] or a list of layers [chains, d_l], got int",
+        ),
+        (
+            lambda: jf.langevin_step(Z, Z, noise=Z[:4]),
+            "noise must be [5, 16] float32 on cpu, got [4, 16] float32 on cpu",
+        ),
+        (lambda: jf.energy_and_grad(3, Z), "energy must be a module or a callable, got int"),
+        (lambda: jf.langevin_noise(-1, 1, 2, 3), "key must be an integer in [0, 2**64), got -1"),
+        (
+            lambda: jf.langevin_noise(torch.zeros(1), 1, 2, 3),
+            "key as a tensor must be [1] int64, got [1] float32 on cpu",
+        ),
+    ],
+)
+def test_the_argument_that_is_wrong_is_named(call, sentence):
+    with pytest.raises(ValueError, match="got") as raised:
+        call()
+    assert str(raised.value) == sentence
+
+
+def test_one_chain_may_have_a_scalar_for_its_energy():
+    def squeezed(z):
+        return z.square().sum(dim=1, keepdim=True).squeeze()
+
+    z = normal(1, 3)
+    value, grad = jf.energy_and_grad(squeezed, z)
+    assert value.shape == (1,)
+    torch.testing.assert_close(grad, 2 * z)
+    assert jf.FastLangevin(squeezed, n_steps=3, maximize=False)(z).shape == (1, 3)
+    for chains in (0, 2):
+        with pytest.raises(ValueError, match=r"energy must return one value per chain, .* got \[\]"):
+            jf.energy_and_grad(lambda z: z.sum(), normal(chains, 3))
+
+
 def test_compat_joint_prior(caplog):
     import argparse
 

@@ -1,6 +1,8 @@
 // Activations and their derivatives in SIMD lanes: h = phi(a), d = phi'(a).
 //
-// Errors stated are against float64 on float32 inputs, measured by tests/cpu. NaN in, NaN out, in its own lane.
+// Errors stated are against float64 on float32 inputs, measured by tests/cpu. NaN in, NaN out, in its own lane. A
+// factor that grows with a is bounded where what it multiplies has vanished: a residue of rounding times 1e30 is no
+// zero.
 #pragma once
 
 #include "common/normal.h"
@@ -27,9 +29,8 @@ JLEBM_INLINE ExponentFraction split_exponent(F u) {
     return {u - (t - magic), as_int(as_uint(t) << 23)};
 }
 
-// 2^u for u <= 0 (below -126: 2^-126), relative error 1.3e-7
+// 2^u for u in [-126, 0], relative error 1.3e-7
 JLEBM_INLINE F exp2_of_negative(F u) {
-    u = max_or_nan(splat(-126.0f), u);
     const ExponentFraction s = split_exponent(u);
     F p = splat(0.001327647129073739f);
     p = fma(p, s.fraction, splat(0.009675540961325169f));
@@ -37,6 +38,21 @@ JLEBM_INLINE F exp2_of_negative(F u) {
     p = fma(p, s.fraction, splat(0.24022120237350464f));
     p = fma(p, s.fraction, splat(0.6931469440460205f));
     p = fma(p, s.fraction, splat(1.0000001192092896f));
+    return as_float(as_uint(p) + as_uint(s.exponent23));
+}
+
+// exp(a) for |a| <= 87, where nothing needs to be bounded
+JLEBM_INLINE F exp_in_range(F a) {
+    const F head = a * 1.4426950216293335f; // in two pieces, as below
+    const F tail = fma(a, splat(1.4426950216293335f), -head) + a * 1.9259629911e-08f;
+    const ExponentFraction s = split_exponent(head);
+    const F fraction = s.fraction + tail;
+    F p = splat(0.001327647129073739f);
+    p = fma(p, fraction, splat(0.009675540961325169f));
+    p = fma(p, fraction, splat(0.05550713092088699f));
+    p = fma(p, fraction, splat(0.24022120237350464f));
+    p = fma(p, fraction, splat(0.6931469440460205f));
+    p = fma(p, fraction, splat(1.0000001192092896f));
     return as_float(as_uint(p) + as_uint(s.exponent23));
 }
 
@@ -145,7 +161,7 @@ JLEBM_INLINE ValueSlope gelu_lanes(F a) {
 // With t = |a|, E = exp(-t^2 / 2), q = 1 / (1 + 0.32 t):  Phi(-t) = E P(q), |error| <= 3.1e-8 / max(t, 1) (the form of
 // Abramowitz and Stegun 7.1.26, coefficients fitted here); both signs of a then need no branch.
 JLEBM_INLINE ValueSlope gelu_lanes(F a) {
-    const F t = abs(a);
+    const F t = min_or_nan(splat(13.2f), abs(a)); // there E is 1e-38, the smallest normal number
     const F e = exp2_of_negative((t * -0.7213475204444817f) * t);
     const F q = reciprocal(fma(t, splat(0.32f), splat(1.0f)));
     F p = splat(-0.12887254357337952f);
@@ -157,7 +173,6 @@ JLEBM_INLINE ValueSlope gelu_lanes(F a) {
     const F tail = p * e; // Phi(-t)
     const F h = fma(-t, tail, max_or_nan(splat(0.0f), a));
     const F g = fma(t * e, splat(0.3989422804014327f), -tail) + 0.5f; // t pdf(t) - Phi(-t) + 1/2
-    // infinite a gives inf * 0 in h and d; the limit values are a or 0, and 1 or 0
     return {h, as_float(as_uint(g) ^ (as_uint(a) & 0x80000000u)) + 0.5f};
 }
 #endif
@@ -173,31 +188,37 @@ JLEBM_INLINE ValueSlope activate(F a, F param) {
     } else if constexpr (kActivation == Activation::kGelu) {
         return gelu_lanes(a);
     } else if constexpr (kActivation == Activation::kGeluTanh) {
-        const F a2 = a * a;
+        // from 6.5 on 1 - tanh^2 is nothing but the residue 4 exp(-30)
+        const F c = max_or_nan(splat(-8.0f), min_or_nan(splat(8.0f), a));
+        const F a2 = c * c;
         const ValueSlope th =
-            tanh_lanes(a * fma(a2, splat(0.044715f * 0.7978845608028654f), splat(0.7978845608028654f)));
+            tanh_lanes(c * fma(a2, splat(0.044715f * 0.7978845608028654f), splat(0.7978845608028654f)));
         const F half = fma(th.h, splat(0.5f), splat(0.5f));
         const F inner = fma(a2, splat(3.0f * 0.044715f * 0.7978845608028654f), splat(0.7978845608028654f));
         const F slope = th.d * inner;
-        return {a * half, fma(a * 0.5f, slope, half)};
+        return {a * half, fma(c * 0.5f, slope, half)};
     } else if constexpr (kActivation == Activation::kSilu) {
-        const F e = exp_lanes(-a);
+        const F low = max_or_nan(splat(-87.0f), a); // there h is -1e-36, and s still a normal number
+        const F c = min_or_nan(splat(87.0f), low);
+        const F e = exp_in_range(-c);
         const F s = 1.0f / (1.0f + e);
-        const F h = a * s;
-        return {h, fma(h, e * s, s)}; // 1 - s = e s without the cancellation
+        return {low * s, fma(c * s, e * s, s)}; // 1 - s = e s without the cancellation
     } else if constexpr (kActivation == Activation::kMish) {
         // tanh(ln(1 + e)) = n / (n + 2), n = e (e + 2); beyond 20 it is 1 in float32
-        const F e = exp_lanes(min_or_nan(splat(20.0f), a));
+        const F low = max_or_nan(splat(-87.0f), a); // there h is -1e-36
+        const F c = min_or_nan(splat(20.0f), low);
+        const F e = exp_in_range(c);
         const F n = e * (e + 2.0f);
         const F q = 1.0f / (n + 2.0f);
         const F th = n * q;
         const F s = e / (e + 1.0f);
-        return {a * th, fma(a * s, (n + 1.0f) * (q + q) * (q + q), th)}; // 1 - th^2 = 4 (n + 1) / (n + 2)^2
+        return {low * th, fma(c * s, (n + 1.0f) * (q + q) * (q + q), th)}; // 1 - th^2 = 4 (n + 1) / (n + 2)^2
     } else if constexpr (kActivation == Activation::kTanh) {
         return tanh_lanes(a);
     } else if constexpr (kActivation == Activation::kSoftplus) {
         const F y = a * param;
-        return {softplus_lanes(y) / param, sigmoid_lanes(y)};
+        // from 20 on torch's softplus is the identity; y may be infinite where a is not
+        return {y > 20.0f ? a : softplus_lanes(y) / param, sigmoid_lanes(y)};
     } else {
         static_assert(kActivation == Activation::kElu);
         const F e = expm1_lanes(min_or_nan(splat(0.0f), a)).minus_one * param;

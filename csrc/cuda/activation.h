@@ -1,6 +1,7 @@
 // Activations with their derivatives, h = phi(a), d = phi'(a), and the output heads, for one thread.
 //
 // The formulas are those of cpu/activation_lanes.h; one exponential and one reciprocal each, no branch. NaN stays NaN.
+// As there, a factor that grows with a is bounded where what it multiplies has vanished.
 #pragma once
 
 #include "cuda/device.h"
@@ -93,28 +94,31 @@ JLEBM_DEVICE ValueSlope gelu_slope(float a) {
 }
 
 JLEBM_DEVICE ValueSlope gelu_tanh_slope(float a) {
-    const float a2 = a * a;
-    const ValueSlope th = tanh_slope(a * fma_rn(a2, 0.044715f * 0.7978845608028654f, 0.7978845608028654f));
+    // from 6.5 on 1 - tanh^2 is nothing but the residue 4 exp(-30)
+    const float c = at_least(at_most(a, 8.0f), -8.0f), a2 = c * c;
+    const ValueSlope th = tanh_slope(c * fma_rn(a2, 0.044715f * 0.7978845608028654f, 0.7978845608028654f));
     const float half = fma_rn(th.h, 0.5f, 0.5f);
     const float inner = fma_rn(a2, 3.0f * 0.044715f * 0.7978845608028654f, 0.7978845608028654f);
-    return {a * half, fma_rn(a * 0.5f, th.d * inner, half)};
+    return {a * half, fma_rn(c * 0.5f, th.d * inner, half)};
 }
 
 JLEBM_DEVICE ValueSlope silu_slope(float a) {
-    const float e = exp_minus(a);
+    const float low = at_least(a, -80.0f); // there h is -1e-33, and s still a normal number
+    const float e = exp_few_ulp(-low);
     const float s = reciprocal_few_ulp(1.0f + e);
-    const float h = a * s;
-    return {h, fma_rn(h, e * s, s)}; // 1 - s = e s without the cancellation
+    const float h = low * s;
+    return {h, fma_rn(h, e * s, s)}; // 1 - s = e s without the cancellation; e is 0 before h is large
 }
 
 JLEBM_DEVICE ValueSlope mish_slope(float a) {
     // tanh(ln(1 + e)) = n / (n + 2), n = e (e + 2); beyond 20 it is 1 in float32
-    const float e = exp_few_ulp(at_most(a, 20.0f));
+    const float c = at_most(a, 20.0f);
+    const float e = exp_few_ulp(c);
     const float n = e * (e + 2.0f);
     const float q = reciprocal_few_ulp(n + 2.0f);
     const float th = n * q;
     const float s = e * reciprocal_few_ulp(e + 1.0f);
-    return {a * th, fma_rn(a * s, (n + 1.0f) * (q + q) * (q + q), th)}; // 1 - th^2 = 4 (n + 1) / (n + 2)^2
+    return {a * th, fma_rn(c * s, (n + 1.0f) * (q + q) * (q + q), th)}; // 1 - th^2 = 4 (n + 1) / (n + 2)^2
 }
 
 JLEBM_DEVICE ValueSlope elu_slope(float a, float alpha) {
@@ -144,7 +148,8 @@ JLEBM_DEVICE ValueSlope other_slope(Activation activation, float a, float param)
     case Activation::kTanh:
         return tanh_slope(a);
     case Activation::kSoftplus:
-        return {softplus(a * param) * reciprocal_few_ulp(param), sigmoid(a * param)};
+        // from 20 on torch's softplus is the identity; a param may be infinite where a is not
+        return {a * param > 20.0f ? a : softplus(a * param) * reciprocal_few_ulp(param), sigmoid(a * param)};
     case Activation::kElu:
         return elu_slope(a, param);
     default:

@@ -9,8 +9,8 @@ import itertools
 
 import torch
 
-from jlebm_fast.backends import cpu, eager
-from jlebm_fast.problem import MLP, MLPSpec, Record, Update
+from jlebm_fast.backends import _native, cpu, eager
+from jlebm_fast.problem import ACTIVATIONS, MLP, MLPSpec, Record, Update
 
 PARAMETER = {"leaky_relu": 0.2, "elu": 0.9, "softplus": 1.3}
 
@@ -51,6 +51,30 @@ def assert_close(ours, plain, oracle, what):
     error = (ours.double() - oracle).abs().max().item()
     allowed = 2 * (plain.double() - oracle).abs().max().item() + 1e-6 * max(1.0, oracle.abs().max().item())
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_activation(name, a, value_tolerance=4e-7, slope_tolerance=6e-7):
+    """phi and phi' of the kernel against float64, wherever phi is a float32."""
+    parameter = PARAMETER.get(name, 0.0)
+    h, d = torch.empty_like(a), torch.empty_like(a)
+    _native.load().cpu_mlp_activation(
+        activation=ACTIVATIONS.index(name), param=parameter, n=a.numel(), a=a.data_ptr(), h=h.data_ptr(),
+        d=d.data_ptr(), n_threads=2,
+    )  # fmt: skip
+    exact = a.double()
+    value, slope = eager.activation(name, parameter, exact), eager.activation_slope(name, parameter, exact)
+    for ours, expected, error, allowed in (
+        (h, value, (h - value).abs(), value_tolerance * (1 + value.abs())),
+        (d, slope, (d - slope).abs(), torch.full_like(slope, slope_tolerance)),
+    ):
+        wrong = ~(error <= allowed)
+        assert not wrong.any(), (name, a[wrong][:3], ours[wrong][:3], expected[wrong][:3])
+
+
+def far_out():
+    """Every order of magnitude of float32, of both signs."""
+    a = torch.cat([torch.logspace(-38, 38, 305, dtype=torch.float64).float(), torch.tensor([3.4e38])])
+    return torch.cat([a, -a])
 
 
 def check_energy_grad(z, mlp):
@@ -112,18 +136,8 @@ def main():
     """A short pass over every activation and head, for the target that JLEBM_CPU_TARGET names."""
     g = torch.Generator().manual_seed(1)
     z = torch.randn(37, 10, generator=g)
-    for activation in (
-        "identity",
-        "leaky_relu",
-        "relu",
-        "gelu",
-        "gelu_tanh",
-        "silu",
-        "mish",
-        "tanh",
-        "softplus",
-        "elu",
-    ):
+    for activation in ACTIVATIONS:
+        check_activation(activation, far_out())
         check_energy_grad(z, random_mlp((10, 23, 17, 1), activation))
         check_energy_layers(z, random_mlp((10, 23, 17, 1), activation))
         check_chain(z, random_mlp((10, 23, 17, 1), activation), Update(step_coefficients(5), noise_key=3), 5)

@@ -44,6 +44,21 @@ def test_activation(host, activation, precision):
     check(host, mlp, z, precision)
 
 
+@pytest.mark.parametrize("precision", mlp_host.PRECISIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_is_right_at_every_finite_number(host, activation, precision):
+    """phi and phi' of z itself, at powers of two: those are exact in every precision."""
+    mlp = make_mlp([1, 1, 1], activation, bias=False)
+    mlp = mlp._replace(weights=(torch.ones(1, 1), torch.ones(1, 1)))
+    powers = torch.logspace(-126, 127, 254, base=2.0, dtype=torch.float64).float()[:, None]
+    z = torch.cat([powers, -powers])
+    energy, grad, _, _ = host.run_energy_grad(z, mlp, precision)
+    energy_64, grad_64 = eager.mlp_energy_grad(z.double(), cast(mlp, torch.float64))
+    tolerance = 1e-6 if precision == "fp32" else 1e-2
+    assert ((energy - energy_64).abs() <= tolerance * (1 + energy_64.abs())).all()
+    assert ((grad - grad_64).abs() <= tolerance).all()
+
+
 @pytest.mark.parametrize(
     ("head", "n_logits"),
     [("identity", 1), ("tanh", 1), ("sigmoid", 1), ("softplus", 1), ("logsumexp", 5), ("logsumexp", 20), ("logit", 17)],

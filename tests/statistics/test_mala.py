@@ -109,6 +109,10 @@ def test_edges_and_wrong_arguments():
         ({"step_size": [0.1, 0.2]}, "step_size must be a float or a tensor"),
         ({"n_steps": -1}, "n_steps must be an integer >= 0"),
         ({"thin": 0}, "thin must be an integer >= 1"),
+        ({"prior": 3}, "prior must be a GaussianPrior or None, got int"),
+        ({"first_step": -1}, r"first_step must be an integer in \[0, 2\*\*32\), got -1"),
+        ({"first_chain": "a"}, "first_chain must be an integer in"),
+        ({"step_size": None}, "step_size must be a float"),
     ):
         with pytest.raises(ValueError, match=words):
             mala(flat_energy, start(4), **{"n_steps": 2, **wrong})

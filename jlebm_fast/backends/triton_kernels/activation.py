@@ -2,9 +2,10 @@
 
     h = phi(a), d = phi'(a)                    f = out_scale * head(logits), df/dlogits
 
-NaN in, NaN out. Exponentials are `tl.exp`, everything else multiplications and additions; fused ones are `tl.fma`
-(fusion is off in these kernels, see noise.py). Nothing here comes from a device library, so that Triton's interpreter
-runs every line of it.
+NaN in, NaN out; right for every finite number: a factor that grows with a is bounded where what it multiplies has
+vanished, since 0 times an overflow is no zero. Exponentials are `tl.exp`, everything else multiplications and
+additions; fused ones are `tl.fma` (fusion is off in these kernels, see noise.py). Nothing here comes from a device
+library, so that Triton's interpreter runs every line of it.
 """
 
 from __future__ import annotations
@@ -58,21 +59,23 @@ def gelu_and_slope(a):
 
 @triton.jit
 def gelu_tanh_and_slope(a):
-    square = a * a
-    t, t_slope = tanh_and_slope(0.7978845608028654 * tl.fma(0.044715 * square, a, a))
+    c = tl.where(a > 8.0, 8.0, tl.where(a < -8.0, -8.0, a))  # there 1 - t^2 is 1e-21
+    square = c * c
+    t, t_slope = tanh_and_slope(0.7978845608028654 * tl.fma(0.044715 * square, c, c))
     inner_slope = 0.7978845608028654 * tl.fma(square, 0.134145, 1.0)
     half = tl.fma(t, 0.5, 0.5)
-    return a * half, tl.fma(0.5 * a * t_slope, inner_slope, half)
+    return a * half, tl.fma(0.5 * c * t_slope, inner_slope, half)
 
 
 @triton.jit
 def mish_and_slope(a):
     """a t and t + a sigmoid(a) (1 - t^2), t = tanh(softplus a) = n / (n + 2) with u = exp a, n = u (u + 2)."""
-    u = tl.exp(tl.where(a > 20.0, 20.0, a))  # from 20 on t is 1 in float32
+    c = tl.where(a > 20.0, 20.0, a)  # from 20 on t is 1 in float32
+    u = tl.exp(c)
     n = u * (u + 2.0)
     q = 1.0 / (n + 2.0)
     t = n * q
-    return a * t, tl.fma(a * (u / (1.0 + u)), 2.0 * q * (1.0 + t), t)
+    return a * t, tl.fma(c * (u / (1.0 + u)), 2.0 * q * (1.0 + t), t)
 
 
 @triton.jit

@@ -41,6 +41,19 @@ def test_activations_far_out(activation):
     check(z, mlp, "resident")
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_is_right_at_every_finite_number(activation):
+    mlp = random_mlp((1, 1, 1), activation)
+    mlp = mlp._replace(weights=(torch.ones(1, 1), torch.ones(1, 1)), biases=(None, None))
+    powers = torch.logspace(-37, 38, 76, dtype=torch.float64).float()[:, None]
+    z = torch.cat([powers, -powers])
+    with precision.using("fp32"):
+        energy, grad = backend.mlp_energy_grad(z, mlp)
+    energy_64, grad_64 = eager.mlp_energy_grad(z.double(), moved(mlp, dtype=torch.float64))
+    assert ((energy - energy_64).abs() <= 1e-6 * (1 + energy_64.abs())).all()
+    assert ((grad - grad_64).abs() <= 1e-6).all()
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("head", HEADS)
 def test_heads(head, regime):
