@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .training.errors import RunError
 
     try:
+        _require_no_empty(arguments)
         return _bench(arguments[1:]) if arguments[:1] == ["bench"] else _run(arguments)
     except ModuleNotFoundError as error:
         return _missing_module(error)
@@ -73,6 +74,17 @@ def _bench(arguments: list[str]) -> int:
 
     checked = _parsed(lambda: tyro.cli(BenchOptions, args=arguments, prog="jlebm bench"))
     return bench(arguments) if isinstance(checked, BenchOptions) else checked
+
+
+def _require_no_empty(arguments: list[str]) -> None:
+    """An empty path would be taken for the present folder."""
+    from .training.errors import RunError
+
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option = argument[:-1] if argument.startswith("--") and argument.endswith("=") else before
+        if argument == "" or option != before:
+            where = f"after {option}" if option else "as the command"
+            raise RunError(f'{where} must come a value or a path, got "": give one (an unset shell variable?)')
 
 
 def _run(arguments: list[str]) -> int:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from jlebm_fast import backends
 from jlebm_fast.bench import parity, report, rivals, sections, tables, timing, worker
 from jlebm_fast.bench.cases import CASES, HS, LEBM, mlp_of
 from jlebm_fast.bench.sections import sampler_of
+from jlebm_fast.training.errors import RunError
 
 
 @pytest.mark.parametrize(("name", "megaflop"), [("HS", 0.033), ("FID", 0.060), ("LEBM", 0.241), ("WIDE", 4.40)])
@@ -93,8 +95,6 @@ def test_contenders_take_turns():
 
 def test_report_and_file(monkeypatch, tmp_path, capsys):
     """A whole small run in this process, with the oracle in the place of the kernels."""
-    from jlebm_fast import backends
-
     eager = backends.load("eager")
     monkeypatch.setitem(CASES, "HS", dataclasses.replace(HS, n_steps=3))
     monkeypatch.setattr(parity, "backends_with_kernels", lambda: [eager])
@@ -119,6 +119,24 @@ def test_report_and_file(monkeypatch, tmp_path, capsys):
     stored = json.loads(out.read_text())
     assert {"cpu", "cores", "versions", "commit", "date"} <= set(stored["machine"])
     assert all(record["parity"]["passed"] for record in stored["results"][0]["records"])
+
+
+@pytest.mark.parametrize("out", ["file/result.json", "folder"])
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(monkeypatch, tmp_path, out):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(parity, "backends_with_kernels", lambda: [backends.load("eager")])
+    monkeypatch.setattr(report, "_measure", lambda *arguments: pytest.fail("it measures"))
+    with pytest.raises(RunError, match=r"--out must be a file that can be written, got .*: name one"):
+        report.main(report.BenchOptions(cases=("HS",), rivals=(), threads=(1,), out=tmp_path / out))
+
+
+def test_trying_a_file_leaves_it_as_it_was(tmp_path):
+    report.require_writable(tmp_path / "new" / "result.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "old.json").write_text("old")
+    report.require_writable(tmp_path / "old.json")
+    assert (tmp_path / "old.json").read_text() == "old"
 
 
 def test_more_threads_than_cores_is_refused(capsys):

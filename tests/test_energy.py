@@ -217,6 +217,25 @@ def test_checkpoints_of_the_papers_load(wrap, names):
     torch.testing.assert_close(f.eval()(z), forward.eval()(z).squeeze(1), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("order", ["sorted", "reversed", "shuffled"])
+@pytest.mark.parametrize("last", ["out", "fc12", "a_last"])
+def test_layers_are_ordered_by_their_number(order, last):
+    torch.manual_seed(6)
+    names = [f"fc{i}" for i in range(1, 12)] + [last]
+    layers = {name: nn.Linear(7, 1 if name == last else 7) for name in names}
+    net = nn.Sequential(OrderedDict(layers))
+    keys = sorted(net.state_dict())
+    if order == "reversed":
+        keys.reverse()
+    elif order == "shuffled":
+        keys = [keys[i] for i in torch.randperm(len(keys)).tolist()]
+    f = jf.EnergyMLP(7, 7, 11)
+    f.load_state_dict({f"ebm.{key}": net.state_dict()[key] for key in keys})
+    for layer, expected in zip(f.layers, net, strict=True):
+        assert torch.equal(layer.weight, expected.weight)
+        assert torch.equal(layer.bias, expected.bias)
+
+
 def test_checkpoints_that_do_not_fit_are_refused():
     plain, _ = named("energy", lambda m: m)
     normalised, _ = named("energy", old_spectral_norm)

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from jlebm_fast import FastLangevin, ops, registration
 from jlebm_fast.backends import _native, cpu, eager
-from jlebm_fast.bench import machine
+from jlebm_fast.bench import machine, report
 from jlebm_fast.bench.cases import CASES, LEBM, mlp_of
 from jlebm_fast.bench.sections import energy_of, sampler_of
 from jlebm_fast.problem import MLP, MLPSpec, Update
+from jlebm_fast.training.errors import RunError
 
 POSTERIOR_STEPS, POSTERIOR_STEP_SIZE, SIGMA = 20, 0.1, 0.3
 _NOISE_KEY = 20201206
@@ -229,6 +230,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("posterior", "energy", "overhead", "sample"))
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     options = parser.parse_args()
+    if options.out:
+        try:
+            report.require_writable(options.out)
+        except RunError as error:
+            parser.error(str(error))
     torch.set_num_threads(options.threads)
     wanted = options.only or ("overhead", "sample", "energy", "posterior")
     result: dict[str, object] = {"machine": machine.describe(), "threads": options.threads, "load": os.getloadavg()}

@@ -19,6 +19,7 @@ from jlebm_fast import backends
 from jlebm_fast.bench import machine, parity, rivals, tables
 from jlebm_fast.bench.cases import CASES
 from jlebm_fast.bench.sections import MANY
+from jlebm_fast.training.errors import RunError
 
 CaseName = Literal["HS", "FID", "LEBM", "WIDE", "LONG"]
 RivalName = Literal["eager", "compiled", "jax"]
@@ -57,6 +58,8 @@ def main(options: BenchOptions) -> int:
         names.remove("jax")
         print("jax is not installed, so it takes no part; pip install 'jlebm-fast[bench]' brings it")
     about = machine.describe()
+    out = options.out or _default_file(about)
+    require_writable(out)
     print(tables.heading(about), flush=True)
     start = time.perf_counter()
     results = [
@@ -64,11 +67,27 @@ def main(options: BenchOptions) -> int:
     ]
     print(tables.report(results))
     failed = [check for result in results for check in result["failed"]]
-    out = options.out or _default_file(about)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
     print(f"\n{time.perf_counter() - start:.0f} s; written to {out}")
     return 1 if failed else 0
+
+
+def require_writable(out: pathlib.Path) -> None:
+    """Makes the folder of a file that the measurements will go to, and tries whether it can be written.
+
+    Raises:
+        RunError: it cannot.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        existed = out.exists()
+        open(out, "ab").close()
+        if not existed:
+            out.unlink()
+    except OSError as error:
+        raise RunError(
+            f'--out must be a file that can be written, got "{out}" ({error.strerror}): name one in a folder of yours'
+        ) from error
 
 
 def plan(cases: tuple[str, ...], names: list[str], everything: bool, every_core: bool = True) -> list[dict]:

@@ -36,6 +36,11 @@ class Train:
     """Draw the figures when training is done."""
     training: TrainOptions = dataclasses.field(default_factory=TrainOptions)
 
+    def __post_init__(self) -> None:
+        from .loop import require_one_intent
+
+        require_one_intent(self.resume, self.overwrite)
+
     def execute(self) -> int:
         from .distributed import rank_and_size
         from .figures import make_figures
@@ -46,7 +51,9 @@ class Train:
             return 0
         print(folder.checkpoint)
         if self.figures:
-            _print_paths(make_figures(folder.path, seed=self.training.seed, device=self.training.device))
+            # The run itself has found that the images are its own.
+            options = {"seed": self.training.seed, "device": self.training.device, "check_images": False}
+            _print_paths(make_figures(folder.path, **options))
         return 0
 
 
@@ -123,7 +130,7 @@ class Evaluate:
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         print(table(evaluate(**options)))
         folder = RunFolder(self.run)
-        _print_paths([folder.path / "evaluation.json", *sorted(folder.figures.glob("evaluation_*.png"))])
+        _print_paths([folder.evaluation, *sorted(folder.figures.glob("evaluation_*.png"))])
         return 0
 
 

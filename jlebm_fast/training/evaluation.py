@@ -17,7 +17,7 @@ from .diagnostics import LONG_STEPS, Histogram, bias, energy_of, mixing
 from .errors import RunError
 from .figures import DPI, save_figure
 from .frechet import frechet_to_held_out
-from .inception import inception_fid
+from .inception import inception_fid, require_inception
 from .run_folder import RunFolder, open_run
 from .sources import Images, load_images, to_network, to_pixels
 
@@ -50,14 +50,18 @@ def evaluate(
         model whose prior has a chain: mixing, bias (see diagnostics.py), energy_histogram.
 
     Raises:
-        RunError: there is no trained run, its images have no labels, `n` is below 2, or the Inception net is missing.
+        RunError: there is no trained run, its images are others now or have no labels, `n` is below 2, or the
+            Inception net is missing.
     """
     if n < 2:
         raise RunError(f"evaluation needs at least 2 samples, got {n}")
     if long_steps < 20:
         raise RunError(f"--long-steps must be at least 20 Langevin steps, got {long_steps}")
+    if inception_weights is not None:
+        require_inception(inception_weights)
     folder, config, model = open_run(run, device)
-    images = load_images(config.options.data, config.image_size, held_out_only=not frechet)
+    images = load_images(config.options.data, config.image_size)
+    folder.require_same_images(config, images)
     if frechet and (images.train_labels is None or images.held_out_labels is None):
         raise RunError(
             f'"{images.name}" has no class labels; the feature net of the Fréchet distance needs them: '
@@ -75,7 +79,7 @@ def evaluate(
     result["reconstruction_mse"] = _reconstruction_error(model, images, generator)
     if model.has_prior_chain:
         result |= _prior_chain(folder, model, images, generator, long_steps)
-    write_atomically(folder.path / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_atomically(folder.evaluation, (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 

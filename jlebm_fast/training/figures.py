@@ -73,14 +73,22 @@ def save_figure(figure: Figure, path: pathlib.Path) -> None:
     figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
 
 
-def make_figures(run: pathlib.Path | str, *, seed: int = 0, device: str = "auto") -> list[pathlib.Path]:
+def make_figures(
+    run: pathlib.Path | str, *, seed: int = 0, device: str = "auto", check_images: bool = True
+) -> list[pathlib.Path]:
     """Draws every figure of a run that its model allows into RUN/figures.
 
+    Arguments:
+        check_images: read all images and require that they are those of the run; False reads only the held-out ones.
+
     Raises:
-        RunError: there is no trained run, or its images can no longer be read.
+        RunError: there is no trained run, or its images can no longer be read, or are others.
     """
     folder, config, model = open_run(run, device)
-    held_out = load_images(config.options.data, config.image_size, held_out_only=True).held_out
+    images = load_images(config.options.data, config.image_size, held_out_only=not check_images)
+    if check_images:
+        folder.require_same_images(config, images)
+    held_out = images.held_out
     if held_out.shape[1] < config.image_channels:  # grey held-out images of a colour source
         held_out = held_out.expand(-1, config.image_channels, -1, -1)
     drawings: list[Callable[[Sketch], pathlib.Path]] = [

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -20,7 +20,7 @@ from jlebm_fast.models import NonFiniteLoss
 
 from .checkpoints import save_checkpoint
 from .distributed import Ranks, joined_ranks, local_device
-from .errors import RunError
+from .errors import CheckpointError, RunError
 from .options import TrainOptions
 from .progress import progress_bar
 from .run_folder import RunConfig, RunFolder, pick_device
@@ -46,22 +46,43 @@ def train(
             stays.
         Stopped: SIGINT or SIGTERM came; a checkpoint was written first.
     """
+    require_one_intent(resume, overwrite)
+    if not str(run):
+        raise RunError('the run folder must be a path, got "": give it a name', shared=True)
     folder = RunFolder(pathlib.Path(run))
-    with joined_ranks(local_device(pick_device(options.device))) as ranks:
-        trainer = _prepared(folder, options, ranks, resume=resume, overwrite=overwrite)
+    with joined_ranks(local_device(pick_device(options.device))) as ranks, contextlib.ExitStack() as stack:
+        trainer, config = _prepared(folder, options, ranks, resume=resume, overwrite=overwrite)
+        metrics = stack.enter_context(_opened(folder, ranks, may_exist=resume or overwrite))
         metrics_bytes = _restored(trainer, ranks) if resume else 0
-        with contextlib.ExitStack() as stack:
-            metrics: Any = io.BytesIO()  # what the other ranks would write goes nowhere
-            if ranks.is_first:
-                metrics = stack.enter_context(open(folder.metrics, "ab"))
-                metrics.truncate(metrics_bytes)  # lines after the checkpoint will be written again
-            stop_requested = stack.enter_context(_stop_requests())
-            _run(trainer, metrics, stop_requested)
+        if ranks.is_first:
+            _begin(trainer, config, resume=resume)
+            metrics.truncate(metrics_bytes)  # lines after the checkpoint will be written again
+        stop_requested = stack.enter_context(_stop_requests())
+        _run(trainer, metrics, stop_requested)
     return folder
 
 
-def _prepared(folder: RunFolder, options: TrainOptions, ranks: Ranks, *, resume: bool, overwrite: bool) -> Trainer:
-    """The trainer, once every rank is found to want the same; the run folder is begun by rank 0.
+def require_one_intent(resume: bool, overwrite: bool) -> None:
+    """
+    Raises:
+        RunError: a run shall be both kept and replaced.
+    """
+    if resume and overwrite:
+        raise RunError("--resume keeps the run that is in the folder, --overwrite replaces it: give one", shared=True)
+
+
+def _require_no_run(folder: RunFolder) -> None:
+    if folder.config.exists():
+        raise RunError(
+            f'"{folder.path}" already holds a run: pass --resume to go on with it, --overwrite to replace it, '
+            "or another folder"
+        )
+
+
+def _prepared(
+    folder: RunFolder, options: TrainOptions, ranks: Ranks, *, resume: bool, overwrite: bool
+) -> tuple[Trainer, RunConfig]:
+    """The trainer, once every rank is found to want the same; nothing is written yet.
 
     Raises:
         RunError: this rank, or another one, cannot start, or they differ.
@@ -69,15 +90,12 @@ def _prepared(folder: RunFolder, options: TrainOptions, ranks: Ranks, *, resume:
     trainer, error, said = None, None, {}
     try:
         saved = folder.read_config() if resume else None
-        if not resume and not overwrite and ranks.is_first and folder.config.exists():
-            raise RunError(
-                f'"{folder.path}" already holds a run: pass --resume to go on with it, --overwrite to replace it, '
-                "or another folder"
-            )
+        if not resume and not overwrite and ranks.is_first:
+            _require_no_run(folder)
         images = load_images(options.data, options.image_size or None)
         config = _config(options, images)
-        if saved is not None and config.image_fingerprint != saved.image_fingerprint:
-            raise RunError(f'the images of "{options.data}" are not those that "{folder.path}" was trained on')
+        if saved is not None:
+            folder.require_same_images(saved, images)
         ranks.rows(options.batch_size)
         said = {"--" + name.replace("_", "-"): value for name, value in dataclasses.asdict(options).items()}
         said |= {"--resume": resume, "a fingerprint of the images": config.image_fingerprint}
@@ -92,24 +110,76 @@ def _prepared(folder: RunFolder, options: TrainOptions, ranks: Ranks, *, resume:
     except RunError as found:
         error = found
     ranks.agree(error, {})
-    if ranks.is_first:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            folder.checkpoint.unlink(missing_ok=True)
-        folder.write_config(config)
-    return trainer
+    return trainer, config
+
+
+def _opened(folder: RunFolder, ranks: Ranks, *, may_exist: bool) -> BinaryIO:
+    """metrics.jsonl, which rank 0 opens and locks; what the other ranks would write goes nowhere.
+
+    Raises:
+        RunError: another process trains in the folder, or it cannot be written.
+    """
+    metrics, error = io.BytesIO(), None
+    try:
+        if ranks.is_first:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            metrics = folder.open_metrics()
+            if not may_exist:  # one may have begun since the images were read
+                _require_no_run(folder)
+    except RunError as found:
+        error = found
+    except OSError as found:
+        error = RunError(f'{found.strerror or found}: "{found.filename or folder.path}"')
+    if error is not None:
+        metrics.close()
+    ranks.agree(error, {})
+    return metrics
+
+
+def _begin(trainer: Trainer, config: RunConfig, *, resume: bool) -> None:
+    """Takes away what will not be true of the run any more, and writes its configuration."""
+    folder = trainer.folder
+    if not resume:
+        if folder.config.exists():
+            folder.remove_products()
+        folder.checkpoint.unlink(missing_ok=True)
+    elif trainer.step < trainer.total_steps:
+        folder.remove_evaluation()
+    folder.write_config(config)
 
 
 def _restored(trainer: Trainer, ranks: Ranks) -> int:
-    """The length of metrics.jsonl at the checkpoint that the trainer goes on from; 0 where there is none yet."""
-    metrics_bytes, error = 0, None
+    """The length of metrics.jsonl at the checkpoint that the trainer goes on from; 0 where there is none yet.
+
+    Raises:
+        RunError: the checkpoint is missing, damaged or of another run, or lies behind the end that is asked for.
+    """
+    metrics_bytes, error, folder = 0, None, trainer.folder
     try:
-        if trainer.folder.checkpoint.exists():
+        if folder.checkpoint.exists():
             metrics_bytes = trainer.restore()
+            _require_end_ahead(trainer)
+            if ranks.is_first:
+                metrics_bytes = folder.metrics_until(trainer.step, metrics_bytes)
+        elif ranks.is_first and folder.metrics.stat().st_size > 0:
+            raise CheckpointError(
+                f'"{folder.path}" has metrics but no checkpoint to go on from: put "{folder.checkpoint.name}" back, '
+                "or pass --overwrite instead of --resume to begin again"
+            )
     except RunError as found:
         error = found
     ranks.agree(error, {"the step of the checkpoint": trainer.step})
     return metrics_bytes
+
+
+def _require_end_ahead(trainer: Trainer) -> None:
+    options, total = trainer.options, trainer.total_steps
+    if total < trainer.step:
+        asked = f"--epochs {options.epochs}" if options.epochs else f"--steps {options.steps}"
+        raise RunError(
+            f"{asked} ends at step {total}, but the run has already come to step {trainer.step}: ask for at least as "
+            "many, or train another run"
+        )
 
 
 def _config(options: TrainOptions, images: Images) -> RunConfig:

@@ -1,11 +1,14 @@
-"""A run folder: config.json, metrics.jsonl, checkpoint.safetensors, figures/ and samples/."""
+"""A run folder: config.json, metrics.jsonl, checkpoint.safetensors, evaluation.json, figures/ and samples/."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import pathlib
-from typing import Any
+import re
+import sys
+from typing import Any, BinaryIO
 
 import torch
 
@@ -15,8 +18,18 @@ from .averaging import put_parameters
 from .checkpoints import load_checkpoint, write_atomically
 from .errors import CheckpointError, RunError
 from .options import TrainOptions
+from .read_fields import require_fields
+from .sources import Images
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 FORMAT = 1  # of config.json and checkpoint.safetensors
+IMAGE_SIZES, IMAGE_CHANNELS = (8, 16, 32, 64, 128, 256), (1, 3)
+FIGURES = ("samples", "reconstructions", "layers_swapped", "layers_masked", "traverse", "learning", "long_chain")
+EVALUATION_FIGURES = ("evaluation_energies", "evaluation_chains")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +68,71 @@ class RunFolder:
         return self.path / "checkpoint.safetensors"
 
     @property
+    def evaluation(self) -> pathlib.Path:
+        return self.path / "evaluation.json"
+
+    @property
     def figures(self) -> pathlib.Path:
         return self.path / "figures"
 
     @property
     def samples(self) -> pathlib.Path:
         return self.path / "samples"
+
+    def open_metrics(self) -> BinaryIO:
+        """metrics.jsonl to append to, locked against other processes until it is closed or this process ends.
+
+        Raises:
+            RunError: another process trains here.
+        """
+        metrics = open(self.metrics, "ab")  # noqa: SIM115 (the caller closes it)
+        try:
+            if fcntl is not None:
+                fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                metrics.close()
+                raise RunError(
+                    f'another process is training in "{self.path}": wait until it has ended, or take another folder'
+                ) from error
+            # else the file system has no locks: the run must be possible all the same
+        return metrics
+
+    def remove_evaluation(self) -> None:
+        """Removes what `jlebm evaluate` wrote."""
+        self.evaluation.unlink(missing_ok=True)
+        self._remove(self.figures, [f"{name}.png" for name in EVALUATION_FIGURES])
+
+    def remove_products(self) -> None:
+        """Removes what was made from the checkpoint: evaluation, figures and samples, and nothing of the user's."""
+        self.remove_evaluation()
+        self._remove(self.figures, [f"{name}.png" for name in FIGURES])
+        pngs = self.samples / "png"
+        names = [path.name for path in pngs.iterdir()] if pngs.is_dir() else []
+        self._remove(pngs, [name for name in names if re.fullmatch(r"[0-9]{6,}\.png", name)])
+        self._remove(self.samples, ["samples.npz", "samples.png"])
+
+    @staticmethod
+    def _remove(folder: pathlib.Path, names: list[str]) -> None:
+        """Removes files, and their folder if nothing else is in it; a link to a folder elsewhere is left alone."""
+        if folder.is_symlink() or not folder.is_dir():
+            return
+        for name in names:
+            if not (folder / name).is_dir():
+                (folder / name).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+    def require_same_images(self, config: RunConfig, images: Images) -> None:
+        """
+        Raises:
+            RunError: these are not the images that the run was trained on.
+        """
+        if images.fingerprint() != config.image_fingerprint:
+            raise RunError(
+                f'the images of "{images.name}" are not those that "{self.path}" was trained on: put them back as they '
+                "were, or train another run"
+            )
 
     def write_config(self, config: RunConfig) -> None:
         content = {"format": FORMAT, "model": config.options.model, **dataclasses.asdict(config)}
@@ -83,19 +155,72 @@ class RunFolder:
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise RunError(f'"{self.config}" is not the configuration of a jlebm_fast run of format {FORMAT}')
         model = content.pop("model", None)
-        if model not in MODELS:
+        if isinstance(model, str) and model not in MODELS:
             raise RunError(f'"{self.path}" holds a run of model "{model}"; this version knows: {", ".join(MODELS)}')
         try:
-            options = content.pop("options")
-            options = TrainOptions(**options | {"latent_dims": tuple(options["latent_dims"]), "model": model})
-            return RunConfig(options=options, **content)
-        except (TypeError, KeyError, ValueError, RunError) as error:
-            raise RunError(f'"{self.config}" does not fit this version of jlebm_fast: {error}') from error
+            options = content.pop("options", None)
+            require_fields({"model": model}, {"model": str})
+            require_fields({"options": options}, {"options": dict})
+            options = options | {"model": model}
+            require_fields(options, TrainOptions, "options.")
+            options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+            kinds = {"image_size": IMAGE_SIZES, "image_channels": IMAGE_CHANNELS, "n_images": int}
+            kinds["image_fingerprint"] = str
+            require_fields({name: content.get(name) for name in kinds}, kinds)
+            return RunConfig(options=TrainOptions(**options), **content)
+        except (TypeError, RunError) as error:
+            raise RunError(
+                f'"{self.config}" does not fit this version of jlebm_fast: {error}; put back what jlebm train wrote'
+            ) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        """The lines of metrics.jsonl, without a last one that is cut off; none if there is no such file.
+
+        Raises:
+            RunError: a line before the last is damaged.
+        """
+        lines = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
+        while lines and not lines[-1].strip():
+            lines.pop()
+        found = [self._metrics_line(i, line, may_be_damaged=i == len(lines)) for i, line in enumerate(lines, 1)]
+        return [values for values in found if values is not None]
+
+    def metrics_until(self, step: int, length: int) -> int:
+        """Bytes of metrics.jsonl up to a checkpoint, written at `step` when the file had `length` bytes.
+
+        Lines that have been lost since are missed, and that is said, but nothing keeps the run from going on.
+
+        Raises:
+            RunError: one of the lines is damaged.
+        """
+        kept = 0
+        for i, line in enumerate(self.metrics.read_bytes().splitlines(keepends=True), 1):
+            values = self._metrics_line(i, line, may_be_damaged=kept >= length or not line.endswith(b"\n"))
+            later = values["step"] > step if values is not None else bool(line.strip())
+            if later or not line.endswith(b"\n"):
+                break
+            kept += len(line)
+        if kept < length:
+            print(
+                f'jlebm: "{self.metrics}" has lost lines from before step {step}, its curves miss them',
+                file=sys.stderr,
+            )
+        return kept
+
+    def _metrics_line(self, number: int, line: bytes, *, may_be_damaged: bool) -> dict[str, Any] | None:
+        """The values of a line; None for an empty one, and for a damaged one where that may be."""
+        try:
+            values = json.loads(line) if line.strip() else None
+        except ValueError:
+            values = {}
+        if values is None or (isinstance(values, dict) and type(values.get("step")) is int):
+            return values
+        if may_be_damaged:
+            return None
+        raise RunError(
+            f'line {number} of "{self.metrics}" is damaged: it must be a JSON object with a step, got {line[:40]!r}; '
+            "put the file back as it was, or delete that line"
+        )
 
 
 def build_model(config: RunConfig) -> LatentModel:
@@ -128,7 +253,10 @@ def open_run(path: pathlib.Path | str, device: str = "auto") -> tuple[RunFolder,
     config = folder.read_config()
     if not folder.checkpoint.is_file():
         raise CheckpointError(f'"{folder.path}" has no checkpoint yet: let jlebm train write one')
-    model = build_model(config).to(pick_device(device))
+    try:
+        model = build_model(config).to(pick_device(device))
+    except ValueError as error:
+        raise RunError(f'"{folder.config}" describes no model that can be built: {error}') from error
     state = load_checkpoint(folder.checkpoint)
     load_state(model, state, folder.checkpoint)
     if "average" in state:

@@ -53,12 +53,12 @@ def sample_run(
     if chain_steps and not model.has_prior_chain:
         raise RunError(f'--chain-steps does nothing here: the prior of the run in "{folder.path}" has no chain')
     out = folder.samples if out is None else pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     zs = model.sample_prior(n, generator, chain_steps or None)
     pixels = to_pixels(model.decode(zs))
     images = pixels.permute(0, 2, 3, 1).numpy()
     images = images[..., 0] if images.shape[-1] == 1 else images
-    out.mkdir(parents=True, exist_ok=True)
     np.savez(out / "samples.npz", images=images, z=torch.cat(zs, dim=1).cpu().numpy())
     Image.fromarray(tile(pixels[:PREVIEW], columns=10)).save(out / "samples.png")
     if png_files:

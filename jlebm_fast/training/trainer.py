@@ -109,6 +109,7 @@ class Trainer:
                 self.average.load(state["average"])
             if self.replay is not None:
                 self.replay.load(state["replay"])
+            metrics_bytes = state["metrics_bytes"]
             past = [end for end in state["stage_ends"][:-1] if end <= self.step]
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f'"{path}" does not fit this run: {error}') from error
@@ -117,7 +118,7 @@ class Trainer:
                 f"--resume cannot change --steps or --epochs now: stage {len(past)} of this model's learning ended at "
                 f"step {past[-1]}"
             )
-        return state["metrics_bytes"]
+        return metrics_bytes
 
     @property
     def total_steps(self) -> int:

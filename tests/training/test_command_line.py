@@ -31,6 +31,13 @@ def assert_one_sentence(process, words, codes=(1, 2)):
     assert words in said[0]
 
 
+def copy_of(trained, run):
+    run.mkdir()
+    for file in ("config.json", "metrics.jsonl", "checkpoint.safetensors"):
+        (run / file).write_bytes((trained / file).read_bytes())
+    return run
+
+
 def test_help_lists_commands_and_defaults(jlebm):
     commands = jlebm("--help")
     assert commands.returncode == 0
@@ -54,10 +61,7 @@ def test_a_run_can_be_sampled_and_shown(jlebm, trained):
 
 
 def test_resume_keeps_the_options_of_the_run(jlebm, trained, tmp_path):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in ("config.json", "metrics.jsonl", "checkpoint.safetensors"):
-        (copy / file).write_bytes((trained / file).read_bytes())
+    copy = copy_of(trained, tmp_path / "copy")
     more = jlebm("train", copy, "--resume", "--steps", "5", "--no-figures")
     assert more.returncode == 0, more.stderr
     config = json.loads((copy / "config.json").read_text())
@@ -94,6 +98,11 @@ def test_resume_keeps_the_options_of_the_run(jlebm, trained, tmp_path):
         (["info", "nowhere"], 'no run folder at "nowhere"'),
         (["train", "TRAINED", "--data", "FOLDER"], "already holds a run"),
         (["train", "FILE/run"], "Not a directory"),
+        (["train", "TRAINED", "--resume", "--overwrite"], "--overwrite replaces it: give one"),
+        (["train", "TRAINED", "--resume", "--steps", "2"], "--steps 2 ends at step 2, but the run has already come to"),
+        (["train", ""], 'after train must come a value or a path, got ""'),
+        (["train", "RUN", "--data="], 'after --data must come a value or a path, got ""'),
+        (["bench", "--out", "FILE/run"], "--out must be a file that can be written"),
     ],
 )
 def test_wrong_input_is_one_sentence(jlebm, trained, folder_of_shapes, tmp_path, monkeypatch, arguments, words):
@@ -103,8 +112,10 @@ def test_wrong_input_is_one_sentence(jlebm, trained, folder_of_shapes, tmp_path,
     (tmp_path / "file").write_text("")
     places = {"RUN": tmp_path / "run", "FOLDER": folder_of_shapes, "TRAINED": trained, "EMPTY": tmp_path / "empty"}
     places["FILE/run"] = tmp_path / "file" / "run"
+    config = (trained / "config.json").read_bytes()
     assert_one_sentence(jlebm(*[places.get(a, a) for a in arguments]), words)
     assert not (tmp_path / "run").exists()
+    assert (trained / "config.json").read_bytes() == config
 
 
 def test_wrong_input_ends_a_process_with_one_sentence(jlebm_process, tmp_path):
@@ -139,6 +150,47 @@ def test_runs_of_another_model_are_one_sentence(jlebm, trained, tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     (run / "checkpoint.safetensors").unlink()
     assert_one_sentence(jlebm("sample", run), "no checkpoint yet")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model", ["joint"], 'model must be a text, got ["joint"]'),
+        ("image_size", "16", 'image_size must be one of 8, 16, 32, 64, 128, 256, got "16"'),
+        ("image_channels", 0, "image_channels must be one of 1, 3, got 0"),
+        ("n_images", None, "n_images must be an integer, got null"),
+        ("options", [], "options must be an object, got []"),
+        ("options.chain_steps", 60.5, "options.chain_steps must be an integer, got 60.5"),
+        ("options.data", 3, "options.data must be a text, got 3"),
+        ("options.spectral_norm", 1, "options.spectral_norm must be true or false, got 1"),
+        ("options.latent_dims", 5, "options.latent_dims must be a list of integers, got 5"),
+        ("options.step_size", "wide", 'options.step_size must be a number, got "wide"'),
+        ("options.chains", "long", 'options.chains must be one of short-run, persistent, got "long"'),
+        ("options.energy_depth", 40, "describes no model that can be built"),
+    ],
+)
+def test_a_configuration_of_wrong_types_is_one_sentence(jlebm, trained, tmp_path, name, value, words):
+    run = copy_of(trained, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    place, _, last = name.rpartition(".")
+    (config[place] if place else config)[last] = value
+    (run / "config.json").write_text(json.dumps(config))
+    assert_one_sentence(jlebm("sample", run, "-n", "2"), words)
+
+
+def test_damaged_metrics_are_one_sentence_and_a_cut_last_line_is_none(jlebm, trained, tmp_path):
+    run = copy_of(trained, tmp_path / "run")
+    line = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[-1]
+    for end in (b"", line[:20], b"\n", line[:20] + b"\n", b"\n\n", b"\0\0"):
+        (run / "metrics.jsonl").write_bytes(2 * line + end)
+        info = jlebm("info", run)
+        assert info.returncode == 0, info.stderr
+        assert '"step": 3' in info.stdout
+    (run / "metrics.jsonl").write_bytes(line[:20] + b"\n" + line)
+    assert_one_sentence(jlebm("info", run), f'line 1 of "{run / "metrics.jsonl"}" is damaged')
+    assert_one_sentence(jlebm("train", run, "--resume", "--steps", "4"), "is damaged")
+    (run / "metrics.jsonl").unlink()
+    assert "metrics: none yet" in jlebm("info", run).stdout
 
 
 def test_a_run_folder_from_a_stranger_runs_no_code(jlebm, trained, tmp_path):

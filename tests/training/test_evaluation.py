@@ -107,6 +107,12 @@ def test_an_evaluation_writes_table_json_and_figures(run, quick, jlebm):
     assert again == result
 
 
+def test_a_missing_inception_net_is_found_before_the_work(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "open_run", lambda *arguments: pytest.fail("it works"))
+    with pytest.raises(RunError, match="no Inception weights at"):
+        evaluate(run.path, 20, inception_weights=tmp_path / "no.pth")
+
+
 def test_without_arviz_the_rest_is_measured(run, quick, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "arviz_stats.base", None)
     result = evaluate(run.path, 20, frechet=False, long_steps=40, device="cpu")

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from PIL import Image
-from shapes import TINY
+from shapes import TINY, write_folder
 
 from jlebm_fast.training.checkpoints import load_checkpoint
 from jlebm_fast.training.errors import RunError
@@ -213,12 +213,147 @@ def test_other_images_cannot_go_on(folder_of_shapes, tmp_path):
         train(tmp_path / "run", small_options(images, steps=2), resume=True)
 
 
+@pytest.mark.parametrize("command", [make_figures, evaluate])
+def test_other_images_are_neither_drawn_nor_measured(tmp_path, command):
+    images = write_folder(tmp_path / "images", 20)
+    run = train(tmp_path / "run", small_options(images, steps=1)).path
+    Image.new("L", (16, 16), 77).save(images / "bars" / "added.png")
+    with pytest.raises(RunError, match=r"not those that .*: put them back"):
+        command(run, device="cpu")
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.safetensors"}
+
+
 def test_overwriting_must_be_asked_for(folder_of_shapes, tmp_path):
     train(tmp_path / "run", small_options(folder_of_shapes, steps=2))
     with pytest.raises(RunError, match="already holds a run"):
         train(tmp_path / "run", small_options(folder_of_shapes, steps=2))
     train(tmp_path / "run", small_options(folder_of_shapes, steps=3, seed=5), overwrite=True)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")["step"] == 3
+
+
+def put_products(run):
+    """Files of the names that this program gives them; of each folder, one that it does not."""
+    made = ["evaluation.json", "figures/samples.png", "figures/evaluation_chains.png", "samples/samples.npz"]
+    made += ["samples/samples.png", "samples/png/000000.png"]
+    others = ["notes.txt", "figures/mine.png", "samples/png/mine.png", "samples/mine/000000.png"]
+    for name in made + others:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("")
+    return set(made), set(others)
+
+
+def files_in(run):
+    kept = {"config.json", "metrics.jsonl", "checkpoint.safetensors"}
+    return {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} - kept
+
+
+def test_overwriting_removes_what_the_old_run_made_and_nothing_else(folder_of_shapes, tmp_path):
+    options = small_options(folder_of_shapes, steps=2)
+    run = train(tmp_path / "run", options).path
+    made, others = put_products(run)
+    with pytest.raises(RunError, match="--batch-size 1000 needs"):
+        train(run, dataclasses.replace(options, batch_size=1000), overwrite=True)
+    assert files_in(run) == made | others
+    assert load_checkpoint(run / "checkpoint.safetensors")["step"] == 2
+    train(run, options, overwrite=True)
+    assert files_in(run) == others
+
+
+def test_folders_elsewhere_and_folders_without_a_run_are_left_alone(folder_of_shapes, tmp_path):
+    options, elsewhere = small_options(folder_of_shapes, steps=2), tmp_path / "elsewhere"
+    made, others = put_products(tmp_path / "run")
+    train(tmp_path / "run", options, overwrite=True)
+    assert files_in(tmp_path / "run") == made | others
+    (tmp_path / "run" / "samples").rename(elsewhere)
+    (tmp_path / "run" / "samples").symlink_to(elsewhere)
+    train(tmp_path / "run", options, overwrite=True)
+    assert (elsewhere / "samples.npz").exists()
+
+
+def test_going_on_removes_the_old_evaluation(folder_of_shapes, tmp_path):
+    run = train(tmp_path / "run", small_options(folder_of_shapes, steps=2)).path
+    made, others = put_products(run)
+    train(run, small_options(folder_of_shapes, steps=2), resume=True)
+    assert files_in(run) == made | others
+    train(run, small_options(folder_of_shapes, steps=3), resume=True)
+    assert files_in(run) == (made | others) - {"evaluation.json", "figures/evaluation_chains.png"}
+
+
+def test_lost_metrics_keep_no_run_from_going_on(folder_of_shapes, tmp_path, capsys):
+    run = train(tmp_path / "run", small_options(folder_of_shapes, steps=12))
+    whole, checkpoint = run.metrics.read_bytes(), run.checkpoint.read_bytes()
+    for content, expected in (
+        (None, [14]),
+        (whole[:-20], [4, 8, 14]),
+        (whole[: whole.index(b"\n") + 1] + b"\n", [4, 14]),
+    ):
+        run.metrics.unlink() if content is None else run.metrics.write_bytes(content)
+        run.checkpoint.write_bytes(checkpoint)
+        train(run.path, small_options(folder_of_shapes, steps=14), resume=True)
+        assert "has lost lines from before step" in capsys.readouterr().err
+        assert b"\0" not in run.metrics.read_bytes()
+        assert [line["step"] for line in run.read_metrics()] == expected
+    make_figures(run.path, device="cpu")
+
+
+def test_lines_after_the_checkpoint_are_written_again(folder_of_shapes, tmp_path, capsys):
+    run = train(tmp_path / "run", small_options(folder_of_shapes, steps=8))
+    later = run.metrics.read_bytes().splitlines()[-1].replace(b'"step": 8', b'"step": 12')
+    for tail in (later, later + b"\n" + later[:30], later[:30] + b"\n" + later, b"\0\0\n"):
+        with open(run.metrics, "ab") as metrics:
+            metrics.write(tail)
+        train(run.path, small_options(folder_of_shapes, steps=8), resume=True)
+        assert [line["step"] for line in run.read_metrics()] == [4, 8]
+        assert "lost" not in capsys.readouterr().err
+
+
+def test_a_lost_checkpoint_is_said_and_the_metrics_stay(folder_of_shapes, tmp_path):
+    options = small_options(folder_of_shapes, steps=8)
+    run = train(tmp_path / "run", options)
+    before = run.metrics.read_bytes()
+    run.checkpoint.unlink()
+    with pytest.raises(RunError, match=r"has metrics but no checkpoint to go on from: .* --overwrite"):
+        train(run.path, options, resume=True)
+    assert run.metrics.read_bytes() == before
+
+
+def test_an_end_that_lies_behind_changes_nothing(folder_of_shapes, tmp_path):
+    run = train(tmp_path / "run", small_options(folder_of_shapes, steps=8))
+    before = [path.read_bytes() for path in (run.config, run.metrics, run.checkpoint)]
+    for changes, words in (({"steps": 5}, "--steps 5 ends at step 5"), ({"epochs": 1}, "--epochs 1 ends at step 4")):
+        with pytest.raises(RunError, match=f"{words}, but the run has already come to step 8"):
+            train(run.path, small_options(folder_of_shapes, **{"steps": 8} | changes), resume=True)
+    assert [path.read_bytes() for path in (run.config, run.metrics, run.checkpoint)] == before
+
+
+def test_contrary_and_empty_arguments_are_refused(folder_of_shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="--overwrite replaces it: give one"):
+        train(tmp_path / "run", small_options(folder_of_shapes), resume=True, overwrite=True)
+    with pytest.raises(RunError, match='the run folder must be a path, got ""'):
+        train("", small_options(folder_of_shapes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_never_train_in_one_folder(folder_of_shapes, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    command = [sys.executable, "-m", "jlebm_fast", "train", run.path, "--data", folder_of_shapes, *TINY]
+    command += ["--steps", "1000000", "--log-every", "1", "--no-figures", "--device", "cpu"]
+    first = subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    try:
+        while first.poll() is None and not _reached(run.path, 3):
+            time.sleep(0.01)
+        options = dataclasses.replace(run.read_config().options, steps=2_000_000)
+        before = run.config.read_bytes()
+        for how in ("resume", "overwrite"):
+            with pytest.raises(RunError, match=r"another process is training in .*: wait until it has ended"):
+                train(run.path, options, **{how: True})
+        assert first.poll() is None
+        assert run.config.read_bytes() == before
+    finally:
+        first.kill()
+        first.communicate()
+    train(run.path, dataclasses.replace(options, steps=5), overwrite=True)
 
 
 @pytest.mark.parametrize("prior", ["ebm", "gaussian"])
