@@ -20,6 +20,8 @@ import triton.language as tl
 @triton.jit
 def philox4x32(c0, c1, c2, c3, key_low, key_high, ROUNDS: tl.constexpr):
     """Four uint32 words of a counter of four uint32 tensors of one shape; the key is two uint32 scalars."""
+    # as tensors the key's words wrap in silence, also in the interpreter, and each round has less to compile
+    key_low, key_high = tl.full(c0.shape, key_low, tl.uint32), tl.full(c0.shape, key_high, tl.uint32)
     for _ in tl.static_range(ROUNDS):
         high_0 = tl.umulhi(c0, tl.full(c0.shape, 0xD2511F53, tl.uint32))
         high_1 = tl.umulhi(c2, tl.full(c2.shape, 0xCD9E8D57, tl.uint32))
@@ -29,9 +31,8 @@ def philox4x32(c0, c1, c2, c3, key_low, key_high, ROUNDS: tl.constexpr):
         c1 = low_1
         c2 = high_0 ^ c3 ^ key_high
         c3 = low_0
-        # widened and cut back: the sum of the key wraps, and says so to the interpreter
-        key_low = (key_low.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
-        key_high = (key_high.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
+        key_low += 0x9E3779B9
+        key_high += 0xBB67AE85
     return c0, c1, c2, c3
 
 
@@ -68,9 +69,9 @@ def box_muller(word_0, word_1):
     first = tl.where(odd_quadrant, sine, cosine)
     second = tl.where(odd_quadrant, cosine, sine)
     # the cosine is negative in quadrants 1 and 2, the sine in 2 and 3
-    first = tl.where(((turned + 0x40000000) & 0x80000000) != 0, -first, first)
-    second = tl.where((turned & 0x80000000) != 0, -second, second)
-    return r * first, r * second
+    first = first.to(tl.uint32, bitcast=True) ^ ((turned + 0x40000000) & 0x80000000)
+    second = second.to(tl.uint32, bitcast=True) ^ (turned & 0x80000000)
+    return r * first.to(tl.float32, bitcast=True), r * second.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -81,10 +82,10 @@ def normals(first_group, chain, step, stream, key_low, key_high, GROUPS: tl.cons
     w0, w1, w2, w3 = philox4x32(
         zero + group[:, None], zero + chain[None, :], zero + step[None, :], zero + stream, key_low, key_high, 10
     )
-    n0, n1 = box_muller(w0, w1)
-    n2, n3 = box_muller(w2, w3)
-    # joining puts the new index last: [GROUPS, chains, pair, component of the pair]
-    field = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+    # joining puts the new index last: [GROUPS, chains, pair], then the component of the pair; both pairs go through
+    # one `box_muller`, so that its operations are compiled once
+    first, second = box_muller(tl.join(w0, w2), tl.join(w1, w3))
+    field = tl.join(first, second)
     return tl.reshape(tl.permute(field, (0, 2, 3, 1)), (4 * GROUPS, chain.shape[0]))
 
 
