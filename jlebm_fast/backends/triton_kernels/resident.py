@@ -204,7 +204,7 @@ def mlp_langevin_chain(
             first_bad = tl.where((bad != 0) & (first_bad < 0), step, first_bad)
         if record.energy is not None or record.trajectory is not None:
             if (k + 1) % thin == 0:
-                kept = (step + 1) // thin - 1
+                kept = tl.full((), (k + 1) // thin - 1, tl.int64)
                 if record.energy is not None:
                     used = grad
                     if update.extra_grad is not None:

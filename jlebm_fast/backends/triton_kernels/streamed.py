@@ -325,7 +325,7 @@ def mlp_langevin_chain(
                 STRIDE,
                 PADDED_LOGITS,
             )
-            kept = (step + 1) // thin - 1
+            kept = tl.full((), (k + 1) // thin - 1, tl.int64)
             coefficients = step_coefficients(update, step, chain, is_chain)
             bad = tl.zeros((BLOCK_CHAINS,), tl.int32)
             grad_square = tl.zeros((BLOCK_CHAINS,), tl.float32)

@@ -17,10 +17,10 @@ from .noise import key_words, normals
 @triton.jit
 def step_coefficients(update, step, chain, is_chain):
     """(c_grad, c_prior, c_noise) of a step as rows [1, chains], times the chain's factors where there are any."""
-    row = tl.zeros((1, chain.shape[0]), tl.float32)
-    c_grad = row + tl.load(update.coefficients + step * 3)
-    c_prior = row + tl.load(update.coefficients + step * 3 + 1)
-    c_noise = row + tl.load(update.coefficients + step * 3 + 2)
+    of_step = update.coefficients + step * 3
+    c_grad = tl.full((1, chain.shape[0]), tl.load(of_step), tl.float32)
+    c_prior = tl.full((1, chain.shape[0]), tl.load(of_step + 1), tl.float32)
+    c_noise = tl.full((1, chain.shape[0]), tl.load(of_step + 2), tl.float32)
     if update.chain_coefficients is not None:
         factors = update.chain_coefficients + chain * 3
         c_grad *= tl.load(factors, mask=is_chain, other=0.0)[None, :]
