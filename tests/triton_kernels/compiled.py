@@ -14,8 +14,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from jlebm_fast.backends.triton_kernels import launch, tiles
 from jlebm_fast.backends.triton_kernels.launch import Call
-from jlebm_fast.backends.triton_kernels.tiles import Chip
+from jlebm_fast.backends.triton_kernels.tiles import Chip, Tiles
+from jlebm_fast.problem import MLP, ChainResult, MLPSpec, Update
 
 # shared memory that one program may have, and processors: A100, H100, B200, MI300X
 CHIPS = {
@@ -65,6 +67,27 @@ def compile_call(call: Call, target: GPUTarget) -> Compiled:
     seconds = time.perf_counter() - started
     registers, spilled = _usage(kernel.asm)
     return Compiled(registers, spilled, kernel.metadata.shared, seconds, kernel.asm)
+
+
+def mlp_of(spec: MLPSpec) -> MLP:
+    """A net of zeros."""
+    shapes = list(zip(spec.widths[1:], spec.widths))
+    return MLP(spec, tuple(torch.zeros(s) for s in shapes), tuple(torch.zeros(s[0]) for s in shapes))
+
+
+def compile_chain(
+    spec: MLPSpec, chip_name: str, precision: str, chains: int, recorded: bool = False
+) -> tuple[Tiles, Compiled]:
+    """`mlp_langevin_chain` of a net with a Gaussian prior, with the tiles that the backend chooses for that chip."""
+    target, chip = CHIPS[chip_name]
+    z = torch.zeros(chains, spec.dim)
+    trace, bad = torch.zeros(60, chains), torch.zeros(chains, dtype=torch.int64)
+    result = ChainResult(z, trace, trace, trace, bad, torch.zeros(1)) if recorded else ChainResult(z)
+    change = Update(torch.zeros(60, 3), prior_precision=torch.ones(spec.dim))
+    dot_precision = tiles.dot_precision(precision, chip)
+    chosen = tiles.choose(spec, chains, dot_precision, chip)
+    call = launch.chain_call(z, mlp_of(spec), change, 60, 1, result, chosen, dot_precision, chip)
+    return chosen, compile_call(call, target)
 
 
 def _usage(asm) -> tuple[int, int]:

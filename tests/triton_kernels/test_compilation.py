@@ -10,11 +10,11 @@ import os
 import needs_compiler  # noqa: F401
 import pytest
 import torch
-from compiled import CHIPS, compile_call
+from compiled import CHIPS, compile_call, compile_chain, mlp_of
 
 from jlebm_fast.backends.triton_kernels import launch, tiles
 from jlebm_fast.bench import cases
-from jlebm_fast.problem import MLP, ChainResult, MLPSpec, Update
+from jlebm_fast.problem import MLPSpec, Update
 
 # a resident kernel spills nothing; a streamed one holds few things across its inner loops and may park some
 MOST_SPILLED = {"resident": 0, "streamed": 96}
@@ -43,24 +43,6 @@ def _fresh_cache(tmp_path_factory):
 
 def spec_of(problem: str) -> MLPSpec:
     return {"DEEP": DEEP, "BROAD": BROAD, "MANY": MANY_LOGITS}.get(problem) or cases.CASES[problem].spec
-
-
-def mlp_of(spec: MLPSpec) -> MLP:
-    shapes = list(zip(spec.widths[1:], spec.widths))
-    return MLP(spec, tuple(torch.zeros(s) for s in shapes), tuple(torch.zeros(s[0]) for s in shapes))
-
-
-def compile_chain(problem, chip_name, precision, chains, recorded=False):
-    target, chip = CHIPS[chip_name]
-    spec = spec_of(problem)
-    z = torch.zeros(chains, spec.dim)
-    trace, bad = torch.zeros(60, chains), torch.zeros(chains, dtype=torch.int64)
-    result = ChainResult(z, trace, trace, trace, bad, torch.zeros(1)) if recorded else ChainResult(z)
-    change = Update(torch.zeros(60, 3), prior_precision=torch.ones(spec.dim))
-    dot_precision = tiles.dot_precision(precision, chip)
-    chosen = tiles.choose(spec, chains, dot_precision, chip)
-    call = launch.chain_call(z, mlp_of(spec), change, 60, 1, result, chosen, dot_precision, chip)
-    return chosen, compile_call(call, target)
 
 
 def global_loads(text):
@@ -101,7 +83,7 @@ def check_limits(compiled, regime, chip_name):
     ],
 )
 def test_chains_fit(problem, chip_name, precision, chains, regime):
-    chosen, compiled = compile_chain(problem, chip_name, precision, chains)
+    chosen, compiled = compile_chain(spec_of(problem), chip_name, precision, chains)
     assert chosen.regime == regime
     check_limits(compiled, regime, chip_name)
     kind, instruction = MATRIX_UNIT[chip_name]
@@ -119,7 +101,7 @@ def test_chains_fit(problem, chip_name, precision, chains, regime):
     [("HS", "sm_90", "fp32"), ("FID", "sm_90", "fp32"), ("FID", "gfx942", "fp32"), ("MANY", "sm_80", "bf16")],
 )
 def test_recorded_chains_fit(problem, chip_name, precision):
-    chosen, compiled = compile_chain(problem, chip_name, precision, 100, recorded=True)
+    chosen, compiled = compile_chain(spec_of(problem), chip_name, precision, 100, recorded=True)
     check_limits(compiled, chosen.regime, chip_name)
 
 
