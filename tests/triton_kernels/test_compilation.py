@@ -135,7 +135,7 @@ def spectral_call(problem, keep):
 def test_spectral_norms_fit(problem, keep, chip_name):
     compiled = compile_call(spectral_call(problem, keep), CHIPS[chip_name][0])
     check_limits(compiled, "resident", chip_name)
-    assert compiled.registers <= 168
+    assert compiled.registers <= 208  # 199 by Triton 3.6, 168 by 3.7
 
 
 def elementwise_calls():
