@@ -23,33 +23,33 @@ void cpu_langevin_noise(uint64_t noise_key, uint32_t first_step, uint32_t first_
     cpu_kernels().langevin_noise(p, n_threads);
 }
 
-void cpu_langevin_step(int64_t chains, int64_t dim, Address z, Address grad, const UpdateTuple& update, Address out,
+void cpu_langevin_step(int64_t chains, int64_t dim, Address z, Address grad, const UpdateParams& update, Address out,
                        int n_threads) {
-    LangevinStepParams p{chains, dim, at<const float>(z), at<const float>(grad), update_params(update), at<float>(out)};
+    LangevinStepParams p{chains, dim, at<const float>(z), at<const float>(grad), update, at<float>(out)};
     const py::gil_scoped_release unlocked;
     cpu_kernels().langevin_step(p, n_threads);
 }
 
-void cpu_mlp_energy_grad(int64_t chains, Address z, const MlpTuple& mlp, Address energy, Address grad, int n_threads) {
-    MlpEnergyGradParams p{chains, at<const float>(z), mlp_params(mlp), at<float>(energy), at<float>(grad)};
+void cpu_mlp_energy_grad(int64_t chains, Address z, const MlpParams& mlp, Address energy, Address grad, int n_threads) {
+    MlpEnergyGradParams p{chains, at<const float>(z), mlp, at<float>(energy), at<float>(grad)};
     const py::gil_scoped_release unlocked;
     cpu_kernels().mlp_energy_grad(p, n_threads);
 }
 
-void cpu_mlp_energy_layers(int64_t chains, Address z, const MlpTuple& mlp, Address energy, Address hidden,
+void cpu_mlp_energy_layers(int64_t chains, Address z, const MlpParams& mlp, Address energy, Address hidden,
                            Address delta, Address grad, int n_threads) {
-    MlpEnergyLayersParams p{chains,           at<const float>(z), mlp_params(mlp), at<float>(energy), at<float>(hidden),
+    MlpEnergyLayersParams p{chains,           at<const float>(z), mlp, at<float>(energy), at<float>(hidden),
                             at<float>(delta), at<float>(grad)};
     const py::gil_scoped_release unlocked;
     cpu_kernels().mlp_energy_layers(p, n_threads);
 }
 
-void cpu_mlp_langevin_chain(int64_t chains, int64_t n_steps, Address z, const MlpTuple& mlp, const UpdateTuple& update,
-                            const RecordTuple& record, Address out, int n_threads) {
+void cpu_mlp_langevin_chain(int64_t chains, int64_t n_steps, Address z, const MlpParams& mlp,
+                            const UpdateParams& update, const RecordParams& record, Address out, int n_threads) {
     MlpLangevinChainParams p;
     p.chains = chains, p.n_steps = n_steps;
     p.z = at<const float>(z), p.out = at<float>(out);
-    p.mlp = mlp_params(mlp), p.update = update_params(update), p.record = record_params(record);
+    p.mlp = mlp, p.update = update, p.record = record;
     const py::gil_scoped_release unlocked;
     cpu_kernels().mlp_langevin_chain(p, n_threads);
 }

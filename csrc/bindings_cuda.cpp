@@ -44,9 +44,9 @@ void cuda_langevin_noise(uint64_t noise_key, Address noise_key_at, uint32_t firs
     cuda::langevin_noise(p, where);
 }
 
-void cuda_langevin_step(int64_t chains, int64_t dim, Address z, Address grad, const UpdateTuple& update,
+void cuda_langevin_step(int64_t chains, int64_t dim, Address z, Address grad, const UpdateParams& update,
                         Address noise_key_at, Address out, const LaunchTuple& launch) {
-    LangevinStepParams p{chains, dim, at<const float>(z), at<const float>(grad), update_params(update), at<float>(out)};
+    LangevinStepParams p{chains, dim, at<const float>(z), at<const float>(grad), update, at<float>(out)};
     p.update.noise_key_at = at<const uint64_t>(noise_key_at);
     const CudaLaunch where = cuda_launch(launch);
     const py::gil_scoped_release unlocked;
@@ -59,10 +59,10 @@ void cuda_advance_noise_key(Address noise_key, const LaunchTuple& launch) {
     cuda::advance_noise_key(at<uint64_t>(noise_key), where);
 }
 
-MlpEnergyGradParams energy_grad_params(int64_t chains, Address z, const MlpTuple& mlp, Address energy, Address grad,
+MlpEnergyGradParams energy_grad_params(int64_t chains, Address z, const MlpParams& mlp, Address energy, Address grad,
                                        const std::vector<Address>& hidden, const std::vector<Address>& delta) {
     MlpEnergyGradParams p;
-    p.chains = chains, p.z = at<const float>(z), p.mlp = mlp_params(mlp);
+    p.chains = chains, p.z = at<const float>(z), p.mlp = mlp;
     p.energy = at<float>(energy), p.grad = at<float>(grad);
     if (hidden.size() > size_t(p.mlp.n_hidden) || delta.size() > size_t(p.mlp.n_hidden))
         throw std::invalid_argument("hidden and delta have at most one address for each hidden layer, " +
@@ -72,7 +72,7 @@ MlpEnergyGradParams energy_grad_params(int64_t chains, Address z, const MlpTuple
     return p;
 }
 
-void cuda_mlp_energy_grad(int64_t chains, Address z, const MlpTuple& mlp, Address energy, Address grad,
+void cuda_mlp_energy_grad(int64_t chains, Address z, const MlpParams& mlp, Address energy, Address grad,
                           const std::vector<Address>& hidden, const std::vector<Address>& delta,
                           const LaunchTuple& launch) {
     const MlpEnergyGradParams p = energy_grad_params(chains, z, mlp, energy, grad, hidden, delta);
@@ -81,12 +81,13 @@ void cuda_mlp_energy_grad(int64_t chains, Address z, const MlpTuple& mlp, Addres
     cuda::mlp_energy_grad(p, where);
 }
 
-void cuda_mlp_langevin_chain(int64_t chains, int64_t n_steps, Address z, const MlpTuple& mlp, const UpdateTuple& update,
-                             Address noise_key_at, const RecordTuple& record, Address out, const LaunchTuple& launch) {
+void cuda_mlp_langevin_chain(int64_t chains, int64_t n_steps, Address z, const MlpParams& mlp,
+                             const UpdateParams& update, Address noise_key_at, const RecordParams& record, Address out,
+                             const LaunchTuple& launch) {
     MlpLangevinChainParams p;
     p.chains = chains, p.n_steps = n_steps;
     p.z = at<const float>(z), p.out = at<float>(out);
-    p.mlp = mlp_params(mlp), p.update = update_params(update), p.record = record_params(record);
+    p.mlp = mlp, p.update = update, p.record = record;
     p.update.noise_key_at = at<const uint64_t>(noise_key_at);
     const CudaLaunch where = cuda_launch(launch);
     const py::gil_scoped_release unlocked;
@@ -121,17 +122,17 @@ void cuda_spectral_norms(const std::vector<SpectralTuple>& weights, float tolera
 }
 
 // only sizes are read: an address that is not null stands for energies that are asked for
-MlpLangevinChainParams chain_of_size(int64_t chains, const MlpTuple& mlp, bool energies) {
+MlpLangevinChainParams chain_of_size(int64_t chains, const MlpParams& mlp, bool energies) {
     static float wanted;
     MlpLangevinChainParams p;
-    p.chains = chains, p.n_steps = 1, p.mlp = mlp_params(mlp);
+    p.chains = chains, p.n_steps = 1, p.mlp = mlp;
     p.record.energy = energies ? &wanted : nullptr;
     return p;
 }
 
 // (bytes of workspace, regime in words)
-std::pair<int64_t, std::string> cuda_mlp_plan(const std::string& op, int64_t chains, const MlpTuple& mlp, bool energies,
-                                              const LaunchTuple& launch) {
+std::pair<int64_t, std::string> cuda_mlp_plan(const std::string& op, int64_t chains, const MlpParams& mlp,
+                                              bool energies, const LaunchTuple& launch) {
     const CudaLaunch where = cuda_launch(launch);
     if (op == "mlp_energy_grad") {
         const MlpEnergyGradParams p = energy_grad_params(chains, 0, mlp, 0, 0, {}, {});
@@ -178,8 +179,8 @@ void bind_cuda(py::module_& m) {
           py::arg("energies"), py::arg("launch"));
     m.def(
         "cuda_mlp_unsupported_reason",
-        [](const MlpTuple& mlp, const LaunchTuple& launch) {
-            return cuda::mlp_unsupported_reason(mlp_params(mlp), cuda_launch(launch));
+        [](const MlpParams& mlp, const LaunchTuple& launch) {
+            return cuda::mlp_unsupported_reason(mlp, cuda_launch(launch));
         },
         py::kw_only(), py::arg("mlp"), py::arg("launch"));
     m.def("cuda_driver_reason", &cuda::driver_reason, py::arg("driver_version"), py::arg("runtime_version"));
