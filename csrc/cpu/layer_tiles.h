@@ -71,7 +71,10 @@ JLEBM_INLINE void tile(const float* __restrict w, const float* __restrict in, in
         w += J;
         in += V * kLanes;
     }
-    (epilogue(out + A * kLanes, acc[A]), ...);
+    if constexpr (Epilogue::kWholeTile)
+        epilogue(out, acc, J);
+    else
+        (epilogue(out + A * kLanes, acc[A]), ...);
 }
 
 template <int J, int V, class Epilogue>
@@ -84,8 +87,9 @@ struct NothingMore {
     JLEBM_INLINE void operator()(int64_t, int64_t) const {}
 };
 
-// out = epilogue(W in + bias + context): epilogue(at, sum) stores one vector of outputs; after_tile(offset, n_vectors)
-// is told of each tile while it is in the first-level cache
+// out = epilogue(W in + bias + context): epilogue(at, sum) stores one vector of outputs, or, with kWholeTile,
+// epilogue(at, sums, J) the J rows of a tile; after_tile(offset, n_vectors) is told of each tile while it is in the
+// first-level cache
 template <int V, class Epilogue, class AfterTile = NothingMore>
 inline void run_layer(const PackedLayer& layer, const float* in, const float* context, float* out,
                       const Epilogue epilogue, const AfterTile after_tile = {}) {
@@ -126,28 +130,49 @@ inline void run_layer(const PackedLayer& layer, const float* in, const float* co
 }
 
 // The ways to store a tile's sum.
-struct StoreSum {
+struct OneByOne {
+    static constexpr bool kWholeTile = false;
+};
+struct StoreSum : OneByOne {
     JLEBM_INLINE void operator()(float* at, F sum) const { store(at, sum); }
 };
-struct LeakyForward { // h = phi(a)
+struct LeakyForward : OneByOne { // h = phi(a)
     float slope;
+    explicit LeakyForward(float slope) : slope(slope) {}
     JLEBM_INLINE void operator()(float* at, F a) const { store(at, a > 0.0f ? a : a * slope); }
 };
-template <int V>
-struct LeakyDelta { // factor * phi'(a), with a factor per row for either sign of a
-    const float *positive, *negative, *first_row;
-    JLEBM_INLINE void operator()(float* at, F a) const {
-        const int64_t row = (at - first_row) / (V * kLanes);
-        // a NaN counts as not positive, as in LeakyBackward; z itself carries it on
-        store(at, a > 0.0f ? splat(positive[row]) : splat(negative[row]));
-    }
-};
-struct LeakyBackward { // `at` holds h, whose sign is that of a: delta = sum * phi'(a)
+struct LeakyBackward : OneByOne { // `at` holds h, whose sign is that of a: delta = sum * phi'(a)
     float slope;
+    explicit LeakyBackward(float slope) : slope(slope) {}
     JLEBM_INLINE void operator()(float* at, F sum) const { store(at, load(at) > 0.0f ? sum : sum * slope); }
 };
-struct SlopeBackward { // `at` holds phi'(a)
+struct SlopeBackward : OneByOne { // `at` holds phi'(a)
     JLEBM_INLINE void operator()(float* at, F sum) const { store(at, load(at) * sum); }
+};
+// delta = factor * phi'(a), with a factor per row for either sign of a; kEnergy: energy += delta a, which is
+// factor * phi(a) for the activations that are straight on either side of 0
+template <int V, bool kEnergy>
+struct LeakyDelta {
+    static constexpr bool kWholeTile = true;
+    const float *positive, *negative, *first_row;
+    F* energy;
+
+    JLEBM_INLINE void operator()(float* at, const F* a, const int rows) const {
+        const int64_t row = (at - first_row) / (V * kLanes);
+        F sum[V] = {};
+#pragma GCC unroll 16 // all of it: the sums stay in registers
+        for (int j = 0; j < rows; ++j) {
+            const F above = splat(positive[row + j]), below = splat(negative[row + j]);
+            for (int v = 0; v < V; ++v) {
+                // a NaN counts as not positive, as in LeakyBackward; z itself carries it on
+                const F delta = a[j * V + v] > 0.0f ? above : below;
+                if (kEnergy) sum[v] = fma(delta, a[j * V + v], sum[v]);
+                store(at + (j * V + v) * kLanes, delta);
+            }
+        }
+        if (kEnergy)
+            for (int v = 0; v < V; ++v) energy[v] = energy[v] + sum[v];
+    }
 };
 
 } // namespace JLEBM_TARGET

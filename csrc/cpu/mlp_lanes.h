@@ -106,42 +106,20 @@ struct MlpWorkspace {
 
 // Rows of one tile of the last hidden layer below an identity head, [n_vectors / V][V * kLanes]; w = out_scale W_out.
 //
-// energy += w h
+// slope -> delta = w slope; with h, energy += w h
 template <int V>
-JLEBM_INLINE void add_energy(const float* w, const float* h, int64_t n_vectors, F* energy) {
+JLEBM_INLINE void delta_and_energy(const float* w, const float* h, float* slope, int64_t n_vectors, F* energy) {
     F sum[V] = {};
     for (int64_t i = 0; i < n_vectors; i += V) {
         const F weight = splat(*w++);
-        for (int v = 0; v < V; ++v) sum[v] = fma(weight, load(h + (i + v) * kLanes), sum[v]);
-    }
-    for (int v = 0; v < V; ++v) energy[v] = energy[v] + sum[v];
-}
-
-// slope -> delta = w slope
-template <int V>
-JLEBM_INLINE void delta_of_slope(const float* w, float* slope, int64_t n_vectors) {
-    for (int64_t i = 0; i < n_vectors; i += V) {
-        const F weight = splat(*w++);
-        for (int v = 0; v < V; ++v) store(slope + (i + v) * kLanes, load(slope + (i + v) * kLanes) * weight);
-    }
-}
-
-// a -> delta, energy += delta a: h = phi' a for the activations that are straight on either side of 0
-template <int V>
-JLEBM_INLINE void leaky_delta_and_energy(const float* positive, const float* negative, float* rows, int64_t n_vectors,
-                                         F* energy) {
-    F sum[V] = {};
-    for (int64_t i = 0; i < n_vectors; i += V) {
-        const F above = splat(*positive++), below = splat(*negative++);
         for (int v = 0; v < V; ++v) {
-            float* const at = rows + (i + v) * kLanes;
-            const F a = load(at);
-            const F delta = a > 0.0f ? above : below;
-            sum[v] = fma(delta, a, sum[v]);
-            store(at, delta);
+            float* const at = slope + (i + v) * kLanes;
+            if (h) sum[v] = fma(weight, load(h + (i + v) * kLanes), sum[v]);
+            store(at, load(at) * weight);
         }
     }
-    for (int v = 0; v < V; ++v) energy[v] = energy[v] + sum[v];
+    if (h)
+        for (int v = 0; v < V; ++v) energy[v] = energy[v] + sum[v];
 }
 
 // h_{l+1} from h_l = in, with what delta_{l+1} will need in ws.slope[l]; returns h_{l+1}
@@ -177,12 +155,10 @@ inline void last_layer_of_identity_head(const PackedMlp& packed, MlpWorkspace<V>
         const float* bias = mlp.biases[last + 1];
         for (int v = 0; v < V; ++v) energy[v] = splat(bias ? mlp.out_scale * *bias : 0.0f);
     }
-    if (packed.fused[last] && !energy) {
-        run_layer<V>(layer, in, context, slope, LeakyDelta<V>{positive, negative, slope});
+    if (packed.fused[last] && energy) {
+        run_layer<V>(layer, in, context, slope, LeakyDelta<V, true>{positive, negative, slope, energy});
     } else if (packed.fused[last]) {
-        run_layer<V>(layer, in, context, slope, StoreSum{}, [=](int64_t at, int64_t n_vectors) {
-            leaky_delta_and_energy<V>(positive + at / kRow, negative + at / kRow, slope + at, n_vectors, energy);
-        });
+        run_layer<V>(layer, in, context, slope, LeakyDelta<V, false>{positive, negative, slope, nullptr});
     } else {
         // phi' replaces the pre-activation where it stands; only the energy needs h, and only one tile of it at a time
         float* const h = energy ? ws.pre[last & 1] : nullptr;
@@ -190,8 +166,7 @@ inline void last_layer_of_identity_head(const PackedMlp& packed, MlpWorkspace<V>
         const float param = mlp.activation_params[last];
         run_layer<V>(layer, in, context, slope, StoreSum{}, [=](int64_t at, int64_t n_vectors) {
             activate(slope + at, param, h, slope + at, n_vectors);
-            if (energy) add_energy<V>(positive + at / kRow, h, n_vectors, energy);
-            delta_of_slope<V>(positive + at / kRow, slope + at, n_vectors);
+            delta_and_energy<V>(positive + at / kRow, h, slope + at, n_vectors, energy);
         });
     }
 }
