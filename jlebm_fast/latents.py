@@ -76,21 +76,22 @@ def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...], name: str = "
         raise ValueError(f"{name}[0] must be [chains, dim], float32 or float64, got {describe(z[0])}")
     first = z[0]
     chains, dtype, device = first.shape[0], first.dtype, first.device
+    dims, plain = [], True
     for i, layer in enumerate(z):
         if not (
             isinstance(layer, Tensor)
-            and layer.dim() == 2
-            and layer.shape[0] == chains
+            and len(shape := layer.shape) == 2
+            and shape[0] == chains
             and layer.dtype is dtype
             and layer.device == device
         ):
             _check_layer(name, i, layer, first)
+            shape, plain = layer.shape, False
+        dims.append(shape[1])
     container = list if isinstance(z, list) else tuple
-    if all(layer.dim() == 2 for layer in z):
-        return torch.cat(z, dim=1).detach(), LatentLayout(
-            container, tuple([layer.shape[1] for layer in z]), ((),) * len(z)
-        )
-    layout = LatentLayout(container, tuple(layer.shape[1] for layer in z), tuple(tuple(layer.shape[2:]) for layer in z))
+    if plain:
+        return torch.cat(z, dim=1).detach(), LatentLayout(container, tuple(dims), ((),) * len(dims))
+    layout = LatentLayout(container, tuple(dims), tuple([tuple(layer.shape[2:]) for layer in z]))
     return torch.cat([layer if layer.dim() == 2 else layer.flatten(1) for layer in z], dim=1).detach(), layout
 
 

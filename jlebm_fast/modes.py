@@ -32,11 +32,11 @@ class chain_mode:
             self._others.enter_context(torch.autocast(self._device.type, enabled=False))
         self._was = torch.is_grad_enabled()
         if self._was != self._gradients:
-            torch.set_grad_enabled(self._gradients)
+            _set_grad_enabled(self._gradients)
 
     def __exit__(self, *error: object) -> None:
         if self._was != self._gradients:
-            torch.set_grad_enabled(self._was)
+            _set_grad_enabled(self._was)
         if self._others is not None:
             self._others.__exit__(*error)
 
@@ -46,6 +46,7 @@ def autocast_enabled(device: torch.device) -> bool:
     return _any_autocast() and _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
+_set_grad_enabled = torch._C._set_grad_enabled  # what torch.set_grad_enabled, a context manager, calls
 _any_autocast = torch._C._is_any_autocast_enabled  # a tenth of the time of asking for one device
 _has_autocast = functools.cache(torch.amp.autocast_mode.is_autocast_available)
 

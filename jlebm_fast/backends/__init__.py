@@ -46,7 +46,8 @@ def reason_against(
     update: Update | None = None,
 ) -> str | None:
     """Why this backend cannot serve this call; None if it can."""
-    return unavailable_reason(name) or load(name).unsupported_reason(
+    module = load(name)
+    return (unavailable_reason(name) if module is None else module.unavailable_reason()) or module.unsupported_reason(
         op, device=device, dtype=dtype, spec=spec, update=update
     )
 
