@@ -100,7 +100,7 @@ def regime(op: str, spec: MLPSpec | None) -> str:
     tiles = _kernels().tiles
     products = tiles.dot_precision(precision.current(), chip)
     # explain() names no number of chains: the regime of 100, the batch of the papers
-    chosen = tiles.choose(spec, 100, products, chip)
+    chosen = tiles.choose(spec, 100, products, chip, op=op)
     what = {"resident": "weights stay on the chip", "streamed": "weights streamed from L2"}[chosen.regime]
     return f"{chosen.regime} ({what}; {products} products; {where})"
 
@@ -146,7 +146,7 @@ def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor]:
     energy, grad = z.new_empty(z.shape[0]), torch.empty_like(z)
     if energy.numel():
         with _on_device_of(z):
-            launch, tiles, products, chip = _choice(z, mlp.spec)
+            launch, tiles, products, chip = _choice(z, mlp.spec, "mlp_energy_grad")
             launch.energy_grad_call(z, mlp, energy, grad, tiles, products, chip).run()
     return energy, grad
 
@@ -164,7 +164,7 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
     result = ChainResult(torch.empty_like(z), energy, grad_norm, displacement, first_bad_step, trajectory)
     if chains:
         with _on_device_of(z):
-            launch, tiles, products, chip = _choice(z, mlp.spec)
+            launch, tiles, products, chip = _choice(z, mlp.spec, "mlp_langevin_chain")
             launch.chain_call(z, mlp, update, n_steps, record.thin, result, tiles, products, chip).run()
     return result
 
@@ -226,11 +226,11 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-def _choice(z: Tensor, spec: MLPSpec) -> tuple:
+def _choice(z: Tensor, spec: MLPSpec, op: str) -> tuple:
     """(launch module, tiles, precision of the products, chip)"""
     kernels, chip = _kernels(), _chip(z.device.index or 0)
     products = kernels.tiles.dot_precision(precision.current(), chip)
-    return kernels.launch, kernels.tiles.choose(spec, z.shape[0], products, chip), products, chip
+    return kernels.launch, kernels.tiles.choose(spec, z.shape[0], products, chip, op=op), products, chip
 
 
 @functools.cache

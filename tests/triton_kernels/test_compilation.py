@@ -109,16 +109,16 @@ def gradient_call(problem, chip, precision, chains):
     spec = spec_of(problem)
     z = torch.zeros(chains, spec.dim)
     dot_precision = tiles.dot_precision(precision, chip)
-    chosen = tiles.choose(spec, chains, dot_precision, chip)
+    chosen = tiles.choose(spec, chains, dot_precision, chip, op="mlp_energy_grad")
     call = launch.energy_grad_call(z, mlp_of(spec), torch.zeros(chains), z, chosen, dot_precision, chip)
     return chosen, call
 
 
 @pytest.mark.parametrize("chip_name", CHIPS)
-@pytest.mark.parametrize("problem", ["HS", "WIDE"])
-def test_gradients_fit(problem, chip_name):
+@pytest.mark.parametrize(("problem", "precision"), [("HS", "tf32"), ("HS", "fp32"), ("WIDE", "tf32")])
+def test_gradients_fit(problem, precision, chip_name):
     target, chip = CHIPS[chip_name]
-    chosen, call = gradient_call(problem, chip, "tf32", 100)
+    chosen, call = gradient_call(problem, chip, precision, 100)
     check_limits(compile_call(call, target), chosen.regime, chip_name)
 
 
