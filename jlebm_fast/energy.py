@@ -76,7 +76,10 @@ def effective_weights(layers: Iterable[EnergyLinear], *, keep_vectors: bool = Fa
             weights[place] = weight
         return weights
     keep = [(layer.weight_u, layer.weight_v) for _, layer in normed] if keep_vectors else None
-    for (place, _), top in zip(normed, top_singulars(pairs, keep), strict=True):
+    # by numpy or a kernel of our own: nothing that a mode of the caller's could follow
+    with torch._C.DisableTorchFunction():
+        tops = top_singulars(pairs, keep)
+    for (place, _), top in zip(normed, tops, strict=True):
         if torch.is_grad_enabled():
             weights[place] = weights[place] / torch.dot(top.u, torch.mv(weights[place], top.v))
         else:

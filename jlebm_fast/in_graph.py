@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dynamics, registration
-from .energy import EnergyMLP
+from .energy import EnergyLinear, EnergyMLP
 from .latents import LatentLayout, flatten_latents, flatten_mask
 from .problem import MLP, MLPSpec, Record, Update
 from .rng import noise_key_of
@@ -106,6 +106,8 @@ def _read(net: nn.Module, spec: MLPSpec, columns: tuple[int, ...] | None, sites:
         if kind == "spectral" and hasattr(module, "parametrizations"):
             chain = module.parametrizations.weight
             weight = _normalised(chain.original, chain[0]._u)
+        elif kind == "spectral" and isinstance(module, EnergyLinear):
+            weight = _normalised(module.weight, module.weight_u)
         elif kind == "spectral":
             weight = _normalised(module.weight_orig, module.weight_u)
         elif kind == "weight_norm":

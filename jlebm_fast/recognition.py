@@ -71,12 +71,7 @@ class _Layer:
 
     def original_and_start(self) -> tuple[Tensor, Tensor]:
         """Of a spectral norm: the weight [out, in] before it, and where its power iterations may start."""
-        module = self.owner()
-        if "parametrizations" in module._modules:
-            chain = module._modules["parametrizations"].weight
-            original, u = chain.original, chain[0]._u
-        else:
-            original, u = module._parameters["weight_orig"], module._buffers["weight_u"]
+        original, u = _original_and_vector(self.owner())
         start = self.direction
         if start is None or start.shape != u.shape or start.dtype != u.dtype or start.device != u.device:
             start = u
@@ -88,14 +83,23 @@ class _Layer:
         if self.kind != "spectral":
             return {}
         module = self.owner()
-        new_style = hasattr(module, "parametrizations")
-        weight = (module.parametrizations.weight.original if new_style else module.weight_orig).detach().flatten(1)
+        new_style = "parametrizations" in module._modules
+        weight = _original_and_vector(module)[0].detach().flatten(1)
         u, v, _ = top_singular_triple(weight, self.direction if self.direction is not None else weight[:, 0])
         prefix = f"{self.path}." if self.path else ""
         names = (
             ("parametrizations.weight.0._u", "parametrizations.weight.0._v") if new_style else ("weight_u", "weight_v")
         )
         return dict(zip((prefix + name for name in names), (u, v), strict=True))
+
+
+def _original_and_vector(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """The weight before a spectral norm, and the left singular vector that the module keeps of it."""
+    if "parametrizations" in module._modules:
+        chain = module._modules["parametrizations"].weight
+        return chain.original, chain[0]._u
+    name = "weight" if isinstance(module, EnergyLinear) else "weight_orig"
+    return module._parameters[name], module._buffers["weight_u"]
 
 
 def effective_weights(layers: Sequence[_Layer]) -> list[Tensor]:
@@ -205,9 +209,10 @@ def _trace(
             raise Untraceable("the MLP read out of its forward does not reproduce its value and gradient")
         layers = [_Layer(net, site) for site in structure.sites]
         for linear, layer, weight in zip(linears, layers, effective_weights(layers), strict=True):
-            # an unconverged spectral norm differs by a factor, and only by that
+            # an unconverged spectral norm differs by a factor, and only by that; an EnergyMLP's is always converged
             ratio = (weight * linear.weight).sum() / (weight * weight).sum()
-            if not _close(ratio * weight, linear.weight) or (layer.kind != "spectral" and abs(ratio - 1) > 1e-9):
+            exact = layer.kind != "spectral" or isinstance(layer.owner(), EnergyLinear)
+            if not _close(ratio * weight, linear.weight) or (exact and abs(ratio - 1) > _TEST_TOLERANCE):
                 raise Untraceable(f"the weight of layer '{linear.site.path}' cannot be computed outside its forward")
     return structure
 

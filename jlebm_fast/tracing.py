@@ -52,8 +52,9 @@ _OF_UNKNOWN_ORIGIN = (
 class LinearSite:
     """Where a linear layer's parameters are found again: owner module (path) and parameter names.
 
-    kind   "parameter": read as it is; "spectral" (old or new style): divided by its converged spectral norm;
-           "weight_norm": the old style's hook computes it; "parametrized": the attribute computes it, without state
+    kind   "parameter": read as it is; "spectral" (old or new style, or an EnergyMLP's own): divided by its converged
+           spectral norm; "weight_norm": the old style's hook computes it; "parametrized": the attribute computes it,
+           without state
     """
 
     path: str
@@ -137,6 +138,7 @@ class Tracer(TorchFunctionMode):
             for path, module in net.named_modules()
             for name, tensor in module.named_parameters(recurse=False)
         }
+        self._normalised: dict[int, tuple[Tensor, str]] = {}  # of an EnergyLinear by its norm: with the layer's path
 
     def remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -167,6 +169,7 @@ class Tracer(TorchFunctionMode):
             what = "values of z" if inputs else "the value of a tensor"
             self.refused = self.refused or f"forward reads {what} ({name}) in {self._where()}"
         if not inputs:
+            self._normalise(name, args, result)
             return result
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not outputs:
@@ -184,6 +187,18 @@ class Tracer(TorchFunctionMode):
             for output in outputs:
                 self.put(output, label)
         return result
+
+    def _normalise(self, name: str, args: tuple, result: Any) -> None:
+        """Remember what an EnergyMLP makes of a weight with a spectral norm; `recognition.py` tests that it is that."""
+        if (
+            name in ("div", "truediv", "true_divide")
+            and len(args) == 2
+            and isinstance(args[1], Tensor)
+            and args[1].dim() == 0
+        ):
+            module, path, _ = self._owners.get(id(args[0]), (None, "", ""))
+            if isinstance(module, EnergyLinear) and module.spectral_norm and args[0] is module._parameters["weight"]:
+                self._normalised[id(result)] = (result, path)
 
     def _draws(self, name: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
         """What would draw random numbers; None of everything else."""
@@ -320,6 +335,8 @@ class Tracer(TorchFunctionMode):
         owner = self._owners.get(id(weight))
         if owner is not None:
             return LinearSite(owner[1], "parameter", owner[2], bias_path, bias_name)
+        if id(weight) in self._normalised:
+            return LinearSite(self._normalised[id(weight)][1], "spectral", "weight", bias_path, bias_name)
         path, module = self._stack[-1] if self._stack else ("", self.net)
         kind = computed_weight_kind(module)
         if kind is None:

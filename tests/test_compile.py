@@ -156,6 +156,24 @@ def test_recognised_modules_after_one_call_outside(compiler, wrap):
     torch.testing.assert_close(compiled(z)[0], changed[0], rtol=0, atol=1e-6)
 
 
+def test_a_module_around_an_energy_mlp_after_one_call_outside():
+    class Negative(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = jf.EnergyMLP((2, 3), 12, 2, spectral_norm=True)
+
+        def forward(self, z):
+            return -self.f(z)
+
+    torch.manual_seed(5)
+    prior = jf.FastLangevin(Negative(), n_steps=5, maximize=False)
+    z = [normal(6, 2), normal(6, 3)]
+    expected = prior(z, noise_key=9)
+    compiled = torch.compile(lambda z: prior(z, noise_key=9), fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(z), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager"])
 def test_options(compiler):
     f = jf.EnergyMLP(5, 12, 2, out_features=3, head="logsumexp", context_dim=2)

@@ -167,27 +167,44 @@ def test_examining_in_one_thread_leaves_the_noise_of_another_alone():
     assert not torch.equal(first, other(Z))
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_what_wraps_an_energy_mlp(norm):
-    """A plain one is looked through; with a spectral norm it runs through autograd, for the right reason."""
+class Negative(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        torch.manual_seed(4)
+        self.f = jf.EnergyMLP(10, 14, 2, spectral_norm=norm)
 
-    class Negative(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(4)
-            self.f = jf.EnergyMLP(10, 14, 2, spectral_norm=norm)
+    def forward(self, z):
+        return -self.f(z)
 
-        def forward(self, z):
-            return -self.f(z)
 
-    module = Negative()
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("norm", [False, True, (True, False, True)])
+def test_what_wraps_an_energy_mlp_is_looked_through(norm, training):
+    module = Negative(norm).train(training)
     prior = jf.FastLangevin(module, n_steps=8, step_size=0.4)
-    assert_right(prior, module.eval())
+    for _ in range(2):
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        assert isinstance(EnergySource(module).found(flatten_latents(Z)[1], {}), Recognised)
+        prior(Z)
+        assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.named_buffers())
+        assert_right(prior, module)  # the module's own forward writes them in training
+        with torch.no_grad():  # what it is made of is read at every call
+            for parameter in module.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+
+
+def test_a_weight_of_an_energy_mlp_that_is_divided_by_something_else_is_not_taken_for_its_norm():
+    class Halved(Negative):
+        def forward(self, z):
+            for i, layer in enumerate(self.f.layers):
+                z = nn.functional.linear(z, layer.weight / torch.tensor(2.0), layer.bias)
+                z = nn.functional.leaky_relu(z, 0.2) if i < 2 else z
+            return z
+
+    module = Halved(True)
     found = EnergySource(module).found(flatten_latents(Z)[1], {})
-    if norm:
-        assert "(EnergyMLP)" in found.reason
-    else:
-        assert isinstance(found, Recognised)
+    assert "cannot be computed outside its forward" in found.reason
+    assert_right(jf.FastLangevin(module, n_steps=8, step_size=0.4), module.eval())
 
 
 def test_modules_that_cannot_be_watched_run_through_autograd():
