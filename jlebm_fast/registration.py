@@ -3,6 +3,7 @@
     schema        tensors, lists and numbers: the records of `problem.py`, spread out
     kernel        one for all devices: rebuilds the records and calls `ops.py`, which checks and chooses a backend
     fake          shapes and dtypes alone, for tracing
+    vmap          one call per entry of the batch; for the energy of one net at a batch of points, one call for all
     autograd      mlp_energy_grad is differentiable in z, weights, biases and context_bias, as often as wanted, through
                   the formulas of `backends/eager.py`; a chain and a step give detached results, by contract
 
@@ -202,6 +203,37 @@ def _energy_grad_backward(ctx, energy_cotangent, grad_cotangent):
     return (of_leaf[0], of_leaf[1 : 1 + n], of_leaf[1 + n : -1], of_leaf[-1], None, None, None, None, None, None, None)
 
 
+# --- vmap -------------------------------------------------------------------------------------------------------------
+
+
+def _one_by_one(operator):
+    """The rule of torch.func.vmap: call by call. A key that is not batched gives every entry the same noise, as a loop
+    over calls with that key does; drawing one inside is refused by vmap itself, unless its randomness allows it."""
+
+    def rule(info, in_dims, *args):
+        def entry(arg, dim, i):
+            if isinstance(arg, (list, tuple)):
+                return [entry(a, d, i) for a, d in zip(arg, dim or [None] * len(arg), strict=True)]
+            return arg if dim is None else arg.select(dim, i)
+
+        calls = [[entry(a, d, i) for a, d in zip(args, in_dims, strict=True)] for i in range(info.batch_size)]
+        results = [operator(*call) for call in calls]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(values) for values in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
+def _vmapped_energy_grad(info, in_dims, z, *rest):
+    flat_dims = [d for dim in in_dims[1:] for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+    if in_dims[0] is None or any(dim is not None for dim in flat_dims) or rest[2] is not None or rest[3] is not None:
+        return _one_by_one(operators.mlp_energy_grad.default)(info, in_dims, z, *rest)
+    z = z.movedim(in_dims[0], 0)
+    energy, grad = operators.mlp_energy_grad.default(z.flatten(0, 1), *rest)
+    return (energy.view(z.shape[:2]), grad.view(z.shape)), (0, 0)
+
+
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +261,10 @@ def _register() -> torch.library.Library:
     for name in ("langevin_step", "mlp_langevin_chain", "top_singular"):
         # autograd passes these by, and their kernels run outside it: detached results
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    for name in ("langevin_step", "mlp_langevin_chain"):
+        rule = _one_by_one(getattr(torch.ops.jlebm_fast, name).default)
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=library)
+    torch.library.register_vmap(f"{NAMESPACE}::mlp_energy_grad", _vmapped_energy_grad, lib=library)
     _register_side_effect(library)
     return library
 

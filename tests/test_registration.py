@@ -157,3 +157,77 @@ def test_export_holds_the_operator():
     program = torch.export.export(chain, (z,))
     assert "jlebm_fast.mlp_langevin_chain" in str(program.graph)
     assert torch.equal(program.module()(z), chain(z))
+
+
+# --- torch.func.vmap --------------------------------------------------------------------------------------------------
+
+
+def _energy(**options):
+    torch.manual_seed(3)
+    return jf.EnergyMLP(5, 8, 2, **options)
+
+
+def test_vmap_over_points():
+    f, z = _energy(), torch.randn(3, 4, 5)
+    expected = [jf.energy_and_grad(f, each) for each in z]
+    for in_dim, points in ((0, z), (1, z.transpose(0, 1))):
+        energy, grad = torch.func.vmap(lambda each: jf.energy_and_grad(f, each), in_dims=in_dim)(points)
+        torch.testing.assert_close(energy, torch.stack([e for e, _ in expected]))
+        torch.testing.assert_close(grad, torch.stack([g for _, g in expected]))
+
+
+def test_vmap_over_points_and_conditions():
+    f = _energy(context_dim=2, out_features=3, head="logsumexp")
+    z, context, y = torch.randn(3, 4, 5), torch.randn(3, 4, 2), torch.tensor([[0, 1, 2, 0]] * 3)
+    run = lambda z, context: jf.energy_and_grad(f, z, context=context)  # noqa: E731
+    energy, grad = torch.func.vmap(run)(z, context)
+    for i in range(3):
+        for found, expected in zip((energy[i], grad[i]), run(z[i], context[i]), strict=True):
+            torch.testing.assert_close(found, expected)
+    chosen = jf.energy_and_grad(f, z[0], context=context[0], y=y[0])[0]
+    by_vmap = torch.func.vmap(lambda z: jf.energy_and_grad(f, z, context=context[0], y=y[0])[0])(z)
+    torch.testing.assert_close(by_vmap[0], chosen)
+
+
+def test_vmap_over_chains_and_over_nets():
+    prior = jf.FastLangevin(_energy(), n_steps=4)
+    z = torch.randn(3, 6, 5)
+
+    def run(z):
+        end, info = prior.sample(z, noise_key=7, return_info=True)
+        return end, info[:4]
+
+    ends, diagnostics = torch.func.vmap(run)(z)
+    for i in range(3):
+        end, expected = run(z[i])
+        assert torch.equal(ends[i], end)
+        assert all(torch.equal(a[i], b) for a, b in zip(diagnostics, expected, strict=True))
+
+    class Prior(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = _energy()
+
+        def forward(self, z):
+            return jf.FastLangevin(self.f, n_steps=4)(z, noise_key=7)
+
+    module = Prior()
+    several = {name: torch.stack([p.detach(), 2 * p.detach()]) for name, p in module.named_parameters()}
+    ends = torch.func.vmap(lambda p: torch.func.functional_call(module, p, (z[0],)))(several)
+    for i in range(2):
+        one = torch.func.functional_call(module, {name: p[i] for name, p in several.items()}, (z[0],))
+        assert torch.equal(ends[i], one)
+
+
+def test_vmap_and_noise():
+    """A key that is drawn inside follows vmap's own rule on randomness; a given one is that of every entry."""
+    z = torch.zeros(3, 6, 5)
+    for run in (jf.FastLangevin(_energy(), n_steps=2), lambda each: jf.langevin_step(each, each, step_size=0.1)):
+        with pytest.raises(RuntimeError, match="random operation while in randomness error mode"):
+            torch.func.vmap(run)(z)
+        with pytest.raises(RuntimeError, match="different"):
+            torch.func.vmap(run, randomness="different")(z)
+        ends = torch.func.vmap(run, randomness="same")(z)
+        assert torch.equal(ends[0], ends[1])
+    step = lambda each: jf.langevin_step(each, each, step_size=0.1, noise_key=3)  # noqa: E731
+    assert torch.equal(torch.func.vmap(step)(z)[1], step(z[1]))
