@@ -36,22 +36,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         _require_no_empty(arguments)
-        return _bench(arguments[1:]) if arguments[:1] == ["bench"] else _run(arguments)
+        return _ended(_bench(arguments[1:]) if arguments[:1] == ["bench"] else _run(arguments))
     except ModuleNotFoundError as error:
         return _missing_module(error)
     except RunError as error:
         # what all ranks of a run end with is said by one of them
-        code = FAILURE if error.shared and os.environ.get("RANK", "0") != "0" else _fail(str(error))
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            # The error still holds the group of ranks, whose release can wait for ever for one that has left.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        return code
+        return _ended(FAILURE if error.shared and os.environ.get("RANK", "0") != "0" else _fail(str(error)))
     except OSError as error:  # a full disk, a folder without permission: nothing to learn from a traceback
         return _fail(f"{error.strerror or error}" + (f': "{error.filename}"' if error.filename else ""))
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
+
+
+def _ended(code: int) -> int:
+    """`code`, to be returned; one of several ranks ends with it here, for the release of their group, which an error
+    still holds and Python's own end lets go, can wait for ever."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _fail(sentence: str, code: int = FAILURE) -> int:

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,10 @@ CPU = torch.device("cpu")
 STEP_TIMEOUT = datetime.timedelta(seconds=45)
 # Before the first step ranks read their images, some of them from a slow disk.
 START_TIMEOUT = datetime.timedelta(minutes=30)
+# Groups are kept after their run. The last reference to one must not go before its threads are idle: its destructor
+# waits for them with Python's lock held, which they need to let go of the tensors of the last collective: a deadlock.
+LETTING_GO = 0.1  # seconds without that lock, which end the waiting of such threads before anything else ends
+_KEPT_GROUPS: list[Any] = []
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -186,8 +191,12 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group(backend, timeout=START_TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise RunError(f"rank {rank} cannot join the other {size - 1}: {_first_line(error)}") from error
+    _KEPT_GROUPS.append(dist.group.WORLD)
     try:
-        yield Ranks(rank, size, device, dist.new_group(backend=backend, timeout=STEP_TIMEOUT))
+        group = dist.new_group(backend=backend, timeout=STEP_TIMEOUT)
+        _KEPT_GROUPS.append(group)
+        yield Ranks(rank, size, device, group)
+        time.sleep(LETTING_GO)
     except RuntimeError as error:
         if not _is_broken_link(error):
             raise

@@ -29,9 +29,9 @@ def environment(**more):
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
 
 
-def start_two_ranks(commands):
+def start_two_ranks(commands, runs=3):
     """Processes of two ranks that find each other on ports of their own, one for each run they make."""
-    sockets = [socket.socket() for _ in range(3)]
+    sockets = [socket.socket() for _ in range(runs)]
     for free in sockets:
         free.bind(("127.0.0.1", 0))
     ports = [str(free.getsockname()[1]) for free in sockets]
@@ -193,6 +193,44 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+ENDS_AT_ONCE = """
+import faulthandler, os, sys, torch
+from jlebm_fast.training.distributed import joined_ranks
+
+def run():
+    with joined_ranks(torch.device("cpu")) as ranks:
+        parameter = torch.nn.Parameter(torch.zeros(10))
+        reducer = ranks.reducer([parameter])
+        reducer(parameter.sum()).backward()
+        for _ in range(3):
+            ranks.gather(torch.ones(300, 10), dim=1)
+
+faulthandler.dump_traceback_later(60, exit=True)
+sys.setswitchinterval(30.0)  # threads that want Python's lock get it when this one waits, not in between
+for os.environ["MASTER_PORT"] in os.environ["PORTS"].split():
+    run()
+"""
+
+
+def test_ranks_part_right_after_a_collective():
+    """The group must not be released while its threads still hold tensors of the last collective: a deadlock."""
+    for process in finished(start_two_ranks([["-c", ENDS_AT_ONCE]] * 2, runs=40)):
+        assert process.returncode == 0, process.stderr
+
+
+def test_several_ranks_leave_without_waiting_for_each_other(monkeypatch):
+    from jlebm_fast import cli
+
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(cli, "_run", lambda arguments: 0)
+    assert cli.main(["train", "run"]) == 0
+    assert left == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cli.main(["train", "run"])
+    assert left == [0]
 
 
 def test_a_half_set_environment_is_named(monkeypatch):
