@@ -100,8 +100,7 @@ def _images(request: Request) -> Images:
         if images.name == request.data:
             return images
     images = load_images(request.data)
-    if images.train_labels is None or images.held_out_labels is None:
-        raise ImageError(f'"{request.data}" has no class labels; the classifier that measures samples needs them')
+    images.require_classes()
     missing = [digit for digit in request.settings.digits if not (images.held_out_labels == digit).any()]
     if missing and "anomaly" in request.parts:
         raise ImageError(f'"{request.data}" has no held-out images of class {missing[0]}; the anomaly table needs them')

@@ -14,7 +14,7 @@ from jlebm_fast.models import LatentModel
 
 from .checkpoints import write_atomically
 from .diagnostics import LONG_STEPS, Histogram, bias, energy_of, mixing
-from .errors import RunError
+from .errors import ImageError, RunError
 from .figures import DPI, save_figure
 from .frechet import frechet_to_held_out
 from .inception import inception_fid, require_inception
@@ -50,8 +50,8 @@ def evaluate(
         model whose prior has a chain: mixing, bias (see diagnostics.py), energy_histogram.
 
     Raises:
-        RunError: there is no trained run, its images are others now or have no labels, `n` is below 2, or the
-            Inception net is missing.
+        RunError: there is no trained run, its images are others now, have no labels or are too few, `n` is below 2, or
+            the Inception net is missing.
     """
     if n < 2:
         raise RunError(f"evaluation needs at least 2 samples, got {n}")
@@ -62,11 +62,14 @@ def evaluate(
     folder, config, model = open_run(run, device)
     images = load_images(config.options.data, config.image_size)
     folder.require_same_images(config, images)
-    if frechet and (images.train_labels is None or images.held_out_labels is None):
-        raise RunError(
-            f'"{images.name}" has no class labels; the feature net of the Fréchet distance needs them: '
-            "--no-frechet measures the rest"
-        )
+    if frechet:
+        try:
+            images.require_classes()
+        except ImageError as error:
+            raise ImageError(
+                f"{error}; the Fréchet distance is measured in the features of a classifier: --no-frechet measures the "
+                "rest"
+            ) from error
     generator = torch.Generator(model.device).manual_seed(seed)
     result: dict[str, Any] = {"n": n, "n_held_out": len(images.held_out)}
     samples = to_pixels(model.decode(model.sample_prior(n, generator)))

@@ -26,6 +26,7 @@ HUB_SOURCES = {
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 HELD_OUT_SPLITS = ("test", "validation", "valid", "val")
 HELD_OUT_FRACTION = 0.1  # of a source that comes without a held-out split
+MAX_CLASSES = 100_000  # a label beyond is some other number: a classifier of so many classes fills the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,25 @@ class Images:
     @property
     def size(self) -> int:
         return self.train.shape[-1]
+
+    def require_classes(self) -> None:
+        """What a classifier needs to learn from these images, and a Fréchet distance in its features.
+
+        Raises:
+            ImageError: an image has no class label, a label is no class number, or there is one image alone.
+        """
+        if self.train_labels is None or self.held_out_labels is None:
+            raise ImageError(f'"{self.name}" has no class labels, or not on every image')
+        largest = int(self.train_labels.max())
+        if largest >= MAX_CLASSES:
+            raise ImageError(
+                f'"{self.name}" has the class label {largest}: class labels must be numbers from 0 to {MAX_CLASSES - 1}'
+            )
+        for part, images in (("training", self.train), ("held-out", self.held_out)):
+            if len(images) < 2:
+                raise ImageError(
+                    f'"{self.name}" has {len(images)} {part} image, a Fréchet distance needs at least 2 of them'
+                )
 
     def fingerprint(self) -> str:
         """Hash of the training images in their order; a resumed run must see the same."""
@@ -82,6 +102,7 @@ def load_images(source: str, image_size: int | None = None, *, held_out_only: bo
     Arguments:
         source: "digits", a name in `HUB_SOURCES`, or the path of a Parquet file, of a folder with Parquet files, or
             of a folder with images (class subfolders become labels; subfolders "train" and "test" become the splits).
+            A label below 0 is none, as the hub has it.
         image_size: pixels a side, a power of two; None takes the smallest of 16, 32, 64 that holds the images.
         held_out_only: decode no training images, for figures of a finished run; `train` is empty then.
 
@@ -218,8 +239,9 @@ def _rows(table: Any, origin: str, label_column: str | None) -> Iterator[Encoded
         if content is None:
             raise ImageError(f'row {i} of {origin} has no image in column "{column}"')
         label = row[label_column] if label_column is not None else None
-        if label is not None and not isinstance(label, int):
+        if label is not None and not (isinstance(label, int) and label < 2**63):
             raise ImageError(f'column "{label_column}" of {origin} must hold integers, got {label!r} in row {i}')
+        label = None if label is None or label < 0 else label
         yield Encoded(f"row {i} of {origin}", content, label)
 
 

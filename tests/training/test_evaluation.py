@@ -129,6 +129,10 @@ def test_wrong_input_is_one_sentence(run, quick, tmp_path, jlebm):
     assert refused.returncode == 1
     assert refused.stderr.strip().endswith("--no-frechet measures the rest")
     assert not (other.path / "evaluation.json").exists()
+    few = TrainOptions(**SMALL_RUN | {"data": str(write_folder(tmp_path / "few", 9)), "device": "cpu", "steps": 2})
+    said = jlebm("evaluate", train(tmp_path / "few run", few).path, "-n", "20")
+    assert said.returncode == 1
+    assert "has 1 held-out image, a Fréchet distance needs at least 2 of them" in said.stderr
     for more, words in (
         (["-n", "1"], "evaluation needs at least 2 samples, got 1"),
         (["--long-steps", "3"], "--long-steps must be at least 20 Langevin steps, got 3"),

@@ -4,6 +4,7 @@ import io
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -175,3 +176,37 @@ def test_one_image_cannot_be_split(tmp_path):
     write_folder(tmp_path, 1, classes=False)
     with pytest.raises(ImageError, match="at least 2"):
         load_images(str(tmp_path))
+
+
+def write_labelled(path, labels, kind="int64"):
+    columns = {"image": [png(shape_pixels(i)) for i in range(len(labels))], "label": pyarrow.array(labels, kind)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def test_a_negative_label_is_none_and_an_endless_one_is_refused(tmp_path):
+    write_labelled(tmp_path / "train.parquet", [-1, *[i % 2 for i in range(19)]])
+    images = load_images(str(tmp_path))
+    assert images.train_labels is None or images.held_out_labels is None
+    write_labelled(tmp_path / "train.parquet", [2**63, *[i % 2 for i in range(19)]], "uint64")
+    with pytest.raises(ImageError, match=r'column "label" of .* must hold integers, got 9223372036854775808 in row 0'):
+        load_images(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0, 1] * 20, None),
+        ([0, -1] * 20, "has no class labels, or not on every image"),
+        ([0, 10**10] * 20, "has the class label 10000000000: class labels must be numbers from 0 to 99999"),
+        ([0, 1, 0], "has 1 held-out image, a Fréchet distance needs at least 2"),
+        ([0, 1], "has 1 training image, a Fréchet distance needs at least 2"),
+    ],
+)
+def test_what_a_classifier_can_learn_from(tmp_path, labels, words):
+    write_labelled(tmp_path / "train.parquet", labels)
+    images = load_images(str(tmp_path))
+    if words is None:
+        images.require_classes()
+        return
+    with pytest.raises(ImageError, match=words):
+        images.require_classes()
