@@ -16,6 +16,11 @@ from .settings import FULL, PARTS, QUICK, Settings
 Part = Literal["models", "chain_steps", "energy_width", "layers", "anomaly", "figures"]
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on, which taskset or a batch system may have made fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
     """Run the paper's experiments on MNIST into one folder: tables, figures, and a report that opens without a
@@ -57,7 +62,7 @@ class Reproduce:
         weights = self.inception_weights
         if weights is not None and "models" not in self.parts:
             raise RunError("--inception-weights measures the models' samples: it needs the part models")
-        jobs = self.jobs or (1 if pick_device(self.device).type == "cuda" else os.cpu_count() or 1)
+        jobs = self.jobs or (1 if pick_device(self.device).type == "cuda" else usable_cores())
         request = Request(self.out, self.data, self.settings(), self.parts, self.device, jobs, weights)
         if self.plan:
             print("\n".join(time_estimate(request)))

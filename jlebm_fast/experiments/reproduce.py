@@ -16,7 +16,7 @@ from jlebm_fast.training.checkpoints import write_atomically
 from jlebm_fast.training.errors import ImageError, RunError
 from jlebm_fast.training.inception import inception_fid, require_inception
 from jlebm_fast.training.progress import progress_bar
-from jlebm_fast.training.run_folder import open_run, pick_device
+from jlebm_fast.training.run_folder import locked, open_run, pick_device
 from jlebm_fast.training.sources import Images, load_images, to_network, to_pixels
 
 from .cells import ONE_LAYER, Cell, Plan
@@ -26,7 +26,7 @@ from .measures import SAMPLE_SEED
 from .report import report_html
 from .settings import Settings
 from .tables import Results, Table, all_tables
-from .work import Place, read_images, run_cells, save_images
+from .work import Place, read_images, read_result, run_cells, save_images
 
 MEASURE_SECONDS = 20.0  # of drawing and measuring samples, per cell, in the time estimate
 TIMED_UPDATES = 5
@@ -53,13 +53,23 @@ def reproduce(request: Request) -> pathlib.Path:
     """Runs what is missing and writes report.html, results.json and figures/; returns the report's path.
 
     Raises:
-        RunError: the images are of no use, or the Inception net was asked for and is not there.
+        RunError: the images are of no use, another process is at work here, a file in the folder is damaged, or the
+            Inception net was asked for and is not there.
         Stopped: the user stopped it; the same command goes on.
     """
     device = pick_device(request.device)
     if request.inception_weights is not None:
         require_inception(request.inception_weights)
     images = _images(request)
+    with open(request.root / ".lock", "wb") as file:
+        if not locked(file):
+            raise RunError(
+                f'another process is at work in "{request.root}": wait until it has ended, or take another --out'
+            )
+        return _reproduce(request, images, device)
+
+
+def _reproduce(request: Request, images: Images, device: torch.device) -> pathlib.Path:
     place = Place(request.root, request.settings, images.fingerprint(), device.type)
     plan = Plan(request.settings, request.data, device.type, request.parts)
     classifier = cached_classifier(place.classifier, images, request.settings.classifier_steps, device)
@@ -112,9 +122,9 @@ def _images(request: Request) -> Images:
 def _results(place: Place, plan: Plan) -> dict[str, dict[str, Any]]:
     found = {}
     for identity, cell in plan.cells.items():
-        path = place.result(cell)
-        if path.is_file():
-            found[identity] = json.loads(path.read_text(encoding="utf-8"))
+        result = read_result(place.result(cell))
+        if result is not None:
+            found[identity] = result
     return found
 
 

@@ -10,7 +10,10 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import threading
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -85,9 +88,34 @@ def save_images(path: pathlib.Path, images: Images) -> None:
 
 
 def read_images(path: pathlib.Path) -> Images:
-    with np.load(path, allow_pickle=False) as found:
-        tensors = {key: torch.from_numpy(found[key]) for key in found.files if key != "name"}
-        return Images(name=str(found["name"]), **tensors)
+    """What `save_images` kept.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            tensors = {key: torch.from_numpy(found[key]) for key in found.files if key != "name"}
+            return Images(name=str(found["name"]), **tensors)
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise RunError(f'"{path}" is damaged: remove it, and the same command reads the images again') from error
+
+
+def read_result(path: pathlib.Path) -> dict[str, Any] | None:
+    """The result of a cell; None where there is none yet.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if {"label", "measures", "seconds"} <= result.keys():
+            return result
+    except (ValueError, AttributeError):
+        pass
+    raise RunError(f'"{path}" is damaged: remove it, and the same command measures this cell again')
 
 
 def without(images: Images, digit: int | None) -> Images:
@@ -145,8 +173,9 @@ def train_cell(place: Place, cell: Cell, images: Images, stop: Callable[[], bool
 def run_cell(place: Place, cell: Cell, images: Images, stop: Callable[[], bool]) -> dict[str, Any]:
     """Trains and measures a cell, and writes its result; a finished one is read back."""
     path = place.result(cell)
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    found = read_result(path)
+    if found is not None:
+        return found
     started = time.perf_counter()
     result: dict[str, Any] = {"label": cell.label, "run": place.run(cell).path.name, "measures": {}}
     result["options"] = dataclasses.asdict(cell.options)
@@ -176,8 +205,15 @@ _stop: Any = None
 def _start_worker(images: pathlib.Path, threads: int, stop: Any) -> None:
     global _images, _stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process tells when to stop
+    threading.Thread(target=_end_with_first_process, daemon=True).start()
     torch.set_num_threads(threads)
     _images, _stop = read_images(images), stop
+
+
+def _end_with_first_process() -> None:
+    """Ends this worker once the first process was killed: the next call would train the same cells beside it."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(place: Place, cell: Cell) -> dict[str, Any] | None:
@@ -217,32 +253,31 @@ def run_cells(place: Place, cells: dict[str, Cell], jobs: int, threads: int) -> 
         jobs, mp_context=context, initializer=_start_worker, initargs=(place.images, threads, stop)
     )
     bar = progress_bar(total=len(cells), initial=len(cells) - len(waiting), desc="cells", unit="cell")
-    with pool, bar, _stopping(stop):
-        while waiting or running:
-            ready = [
-                identity
-                for identity, cell in waiting.items()
-                if cell.first_stage is None or place.result(cells[cell.first_stage.run_identity]).is_file()
-            ]
-            for identity in ready if not stop.is_set() else []:
-                running[pool.submit(_work, place, waiting.pop(identity))] = identity
-            if not running:
-                break
-            done, _ = concurrent.futures.wait(running, timeout=1.0, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                identity = running.pop(future)
-                if future.cancelled():
-                    continue
-                try:
-                    result = future.result()
-                except concurrent.futures.process.BrokenProcessPool as error:
-                    raise RunError(
-                        "a worker process was killed (out of memory?); the same command goes on, fewer --jobs need less"
-                    ) from error
-                if result is not None:
-                    bar.set_postfix_str(f"{result['label']}: {result['seconds']:.0f} s", refresh=False)
-                    bar.update()
-            if stop.is_set():
-                for future in running:
-                    future.cancel()
+    try:
+        with pool, bar, _stopping(stop):
+            while waiting or running:
+                ready = [
+                    identity
+                    for identity, cell in waiting.items()
+                    if cell.first_stage is None or place.result(cells[cell.first_stage.run_identity]).is_file()
+                ]
+                for identity in ready if not stop.is_set() else []:
+                    running[pool.submit(_work, place, waiting.pop(identity))] = identity
+                if not running:
+                    break
+                done, _ = concurrent.futures.wait(running, timeout=1.0, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    running.pop(future)
+                    result = None if future.cancelled() else future.result()
+                    if result is not None:
+                        bar.set_postfix_str(f"{result['label']}: {result['seconds']:.0f} s", refresh=False)
+                        bar.update()
+                if stop.is_set():
+                    for future in running:
+                        future.cancel()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        if not stop.is_set():  # else it was a SIGTERM to all processes at once
+            raise RunError(
+                "a worker process was killed (out of memory?); the same command goes on, fewer --jobs need less"
+            ) from error
     return not stop.is_set()

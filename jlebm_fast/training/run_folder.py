@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 import sys
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 
@@ -86,16 +86,11 @@ class RunFolder:
             RunError: another process trains here.
         """
         metrics = open(self.metrics, "ab")  # noqa: SIM115 (the caller closes it)
-        try:
-            if fcntl is not None:
-                fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                metrics.close()
-                raise RunError(
-                    f'another process is training in "{self.path}": wait until it has ended, or take another folder'
-                ) from error
-            # else the file system has no locks: the run must be possible all the same
+        if not locked(metrics):
+            metrics.close()
+            raise RunError(
+                f'another process is training in "{self.path}": wait until it has ended, or take another folder'
+            )
         return metrics
 
     def remove_evaluation(self) -> None:
@@ -221,6 +216,19 @@ class RunFolder:
             f'line {number} of "{self.metrics}" is damaged: it must be a JSON object with a step, got {line[:40]!r}; '
             "put the file back as it was, or delete that line"
         )
+
+
+def locked(file: IO[Any]) -> bool:
+    """Whether this process has `file` for itself now, until it is closed or the process ends.
+
+    True as well on a file system without locks: the work must be possible all the same.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
 
 
 def build_model(config: RunConfig) -> LatentModel:

@@ -1,10 +1,16 @@
 """`jlebm reproduce mnist` on small shapes: the whole of it, stopped and gone on with, and its pieces."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
+import pathlib
 import re
+import signal
+import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -14,6 +20,7 @@ from PIL import Image
 
 from jlebm_fast.experiments import drawing, work
 from jlebm_fast.experiments.cells import Plan, model_cell
+from jlebm_fast.experiments.command import usable_cores
 from jlebm_fast.experiments.measures import Subject, anomaly, class_score, train_on_latents
 from jlebm_fast.experiments.reproduce import Request, _images, reproduce, time_estimate
 from jlebm_fast.experiments.settings import FULL, PARTS, QUICK, Settings
@@ -246,6 +253,83 @@ def test_the_inception_fid_says_what_is_missing(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace(calculate_metrics=calculate_metrics))
     assert inception_fid(pixels, pixels, weights, torch.device("cpu")) == 12.5
+
+
+def test_damaged_files_are_one_sentence(place, tmp_path, data):
+    here, images = place
+    cell = model_cell(SMALL, images.name, "cpu", "joint", 0)
+    here.result(cell).parent.mkdir()
+    for content in ('{"label": "joi', "[]", "{}"):
+        here.result(cell).write_text(content)
+        with pytest.raises(RunError, match="is damaged: remove it, and the same command measures this cell again"):
+            run_cell(here, cell, images, never)
+    for content in (b"", b"PK\x03\x04 cut", b"words"):
+        here.images.write_bytes(content)
+        with pytest.raises(RunError, match="is damaged: remove it, and the same command reads the images again"):
+            _images(request_of(tmp_path / "out", data))
+
+
+ENDLESS = """
+import dataclasses, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from test_reproduce import request_of
+from jlebm_fast.experiments.reproduce import Stopped, reproduce
+
+if __name__ == "__main__":
+    try:
+        reproduce(request_of(pathlib.Path(sys.argv[2]), sys.argv[3], ("chain_steps",), steps=10**6))
+    except Stopped as stopped:
+        print(stopped)
+"""
+
+
+def lives(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").is_dir(), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_first_process(tmp_path, data, number):
+    """SIGKILL to the first process alone, or SIGTERM to all of them, as batch systems send it."""
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    out = tmp_path / "out"
+    command = [sys.executable, tmp_path / "endless.py", pathlib.Path(__file__).parent, out, data]
+    job = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    try:
+        wait_until(lambda: any(out.glob("runs/*/metrics.jsonl")))
+        with pytest.raises(RunError, match="another process is at work in"):
+            reproduce(request_of(out, data, ("chain_steps",)))
+        children = pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        assert len(children) >= 2  # the worker, and what watches shared memory
+        if number == signal.SIGKILL:
+            job.kill()
+        else:
+            os.killpg(job.pid, number)
+        said, _ = job.communicate(timeout=60)
+        wait_until(lambda: not any(lives(pid) for pid in children))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    if number == signal.SIGTERM:
+        assert job.returncode == 0
+        assert said.startswith("stopped with 0 of 4 cells done; the same command goes on")
+
+
+def test_cells_at_a_time_are_as_many_as_usable_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 6}, raising=False)
+    assert usable_cores() == 3
 
 
 def test_the_plan_is_timed(tmp_path, data):
