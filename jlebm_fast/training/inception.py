@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pathlib
+import pickle
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .errors import RunError
+
+FIRST_WEIGHT = "Conv2d_1a_3x3.conv.weight"  # of the net's first layer, as torch-fidelity calls it
 
 
 class _Pixels(torch.utils.data.Dataset):
@@ -51,7 +54,8 @@ def require_inception(weights: pathlib.Path) -> ModuleType:
     """torch-fidelity, once it and the weights are found to be there: to be asked before hours of work.
 
     Raises:
-        RunError: torch-fidelity or the weights are missing; the message says how to get them.
+        RunError: torch-fidelity or the weights are missing, and the message says how to get them; or the file is
+            another one.
     """
     if not weights.is_file():
         raise RunError(
@@ -67,4 +71,11 @@ def require_inception(weights: pathlib.Path) -> ModuleType:
     except (ImportError, RuntimeError) as error:  # a torchvision built for another torch
         first = str(error).strip().splitlines()[0]
         raise RunError(f"torch-fidelity does not work here: {first}") from error
+    try:
+        # with weights_only a file from a stranger runs no code
+        found = torch.load(weights, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+        raise RunError(f'"{weights}" is cut off or no file of Inception weights') from error
+    if not isinstance(found, dict) or FIRST_WEIGHT not in found:
+        raise RunError(f'"{weights}" holds other weights than those of the Inception net: it has no {FIRST_WEIGHT}')
     return torch_fidelity

@@ -252,6 +252,15 @@ def test_the_inception_fid_says_what_is_missing(tmp_path, monkeypatch):
         return {"frechet_inception_distance": 12.5}
 
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace(calculate_metrics=calculate_metrics))
+    for content in (b"", b"garbage", b"PK\x03\x04 cut off"):
+        weights.write_bytes(content)
+        with pytest.raises(RunError, match="is cut off or no file of Inception weights"):
+            inception_fid(pixels, pixels, weights, torch.device("cpu"))
+    for other in ({"weight": torch.ones(1)}, [torch.ones(1)]):
+        torch.save(other, weights)
+        with pytest.raises(RunError, match="holds other weights than those of the Inception net"):
+            inception_fid(pixels, pixels, weights, torch.device("cpu"))
+    torch.save({"Conv2d_1a_3x3.conv.weight": torch.ones(1)}, weights)
     assert inception_fid(pixels, pixels, weights, torch.device("cpu")) == 12.5
 
 
