@@ -346,6 +346,16 @@ def test_the_plan_is_timed(tmp_path, data):
     assert re.search(r"2 cells, .* 1 at a time: 0\.0 hours", lines[-1])
 
 
+def test_the_scatter_shows_the_points():
+    generator = torch.Generator().manual_seed(0)
+    near, far = torch.randn(1000, 2, generator=generator), 3 * torch.randn(1000, 2, generator=generator)
+    assert drawing.scatter_reach([near]) == 4.0
+    reach = drawing.scatter_reach([near, far])
+    assert (far.abs() > reach).double().mean() <= 0.005
+    far[0] = 1e6  # a chain that runs away makes the others no dot
+    assert drawing.scatter_reach([near, far]) < 15
+
+
 def test_figures_are_small(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)).save(path)
