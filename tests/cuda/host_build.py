@@ -81,13 +81,23 @@ def locked_folder(name: str) -> Iterator[Path]:
         yield folder
 
 
+# of this process: what the compiler said to sources that do not compile, so that hundreds of tests hear it at once
+refused: dict[str, str] = {}
+
+
 def built(name: str, sources: list[Path], flags: list[str], link: list[str], target: str) -> Path:
     """`target`, linked from the sources once for this state of csrc/ and these flags."""
-    with locked_folder(f"{name}-{digest(flags, link)}") as folder:
+    key = f"{name}-{digest(flags, link)}"
+    assert key not in refused, refused[key]
+    with locked_folder(key) as folder:
         path = folder / target
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                objects = compile_objects(sources, Path(scratch), flags)
+                try:
+                    objects = compile_objects(sources, Path(scratch), flags)
+                except AssertionError as error:
+                    refused[key] = str(error)
+                    raise
                 fresh = Path(scratch) / target
                 subprocess.run([compiler(), *flags, *objects, *link, "-o", str(fresh)], check=True)
                 fresh.rename(path)

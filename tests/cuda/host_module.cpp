@@ -17,14 +17,13 @@ bool is_wanted(const cuda::MlpPlan& p) {
     return true;
 }
 
-py::dict mlp_plan(const MlpTuple& mlp, int64_t chains, bool energies, int precision, int multiprocessors,
+py::dict mlp_plan(const MlpParams& mlp, int64_t chains, bool energies, int precision, int multiprocessors,
                   int max_shared_bytes) {
-    const MlpParams params = mlp_params(mlp);
     cuda::CudaLaunch launch;
     launch.precision = precision, launch.multiprocessors = multiprocessors, launch.max_shared_bytes = max_shared_bytes;
     cuda::MlpPlan p;
     py::dict d;
-    d["found"] = cuda::plan_mlp({&params, chains, energies, true}, launch, &p);
+    d["found"] = cuda::plan_mlp({&mlp, chains, energies, true}, launch, &p);
     d["resident"] = p.resident, d["chains"] = p.chains_per_block(), d["warps"] = p.warps, d["groups"] = p.groups;
     d["shared_bytes"] = p.shared_bytes, d["z_in_shared"] = p.z_in_shared, d["stream_bytes"] = cuda::stream_bytes(p);
     d["text"] = cuda::plan_text(p);
