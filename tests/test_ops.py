@@ -6,7 +6,7 @@ from reference import ONE_LOGIT_HEADS, assert_accurate, moved, plain_update, ran
 
 from jlebm_fast import ops
 from jlebm_fast.backends import eager
-from jlebm_fast.problem import ACTIVATIONS, Record
+from jlebm_fast.problem import ACTIVATIONS, Record, Update
 
 
 def normal(*shape, seed=7):
@@ -137,6 +137,18 @@ def test_nan_stays_in_its_chain_and_is_named(backend):
     expected = torch.full((40,), -1)
     expected[3], expected[11] = 0, 4
     assert torch.equal(result.first_bad_step.cpu(), expected)
+
+
+def test_a_move_beyond_float32_between_finite_points_is_not_bad(backend):
+    mlp, z = moved(random_mlp((7, 20, 1)), backend.device), normal(40, 7).to(backend.device)
+    z[5, 2] = 3e38
+    noise = torch.zeros(2, 40, 7)
+    noise[0, 5, 2] = -3e38  # the prior takes z to 0, the noise to the other end
+    coefficients = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    update = moved(Update(coefficients, prior_precision=torch.ones(7), noise=noise), backend.device)
+    result = ops.mlp_langevin_chain(z, mlp, update, 2, Record(True), backend=backend.name)
+    assert result.z[5, 2] == -3e38
+    assert (result.first_bad_step == -1).all()
 
 
 def test_inputs_are_untouched_and_strides_do_not_matter(backend):

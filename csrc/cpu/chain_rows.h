@@ -28,6 +28,10 @@ inline void rows_from_lanes(float* rows, const float* from, int64_t n, int64_t f
 // one value of each chain
 template <int V>
 inline void rows_from_vectors(float* rows, const F* values, int64_t first_chain, int count) {
+    if (count == V * kLanes) {
+        for (int v = 0; v < V; ++v) store(rows + first_chain + v * kLanes, values[v]);
+        return;
+    }
     float row[V * kLanes];
     for (int v = 0; v < V; ++v) store(row + v * kLanes, values[v]);
     std::memcpy(rows + first_chain, row, size_t(count) * sizeof(float));

@@ -61,10 +61,7 @@ private:
         const RecordParams& record = p_.record;
         if (record.first_bad_step) {
             for (int v = 0; v < V; ++v) {
-                const I bad = sums[v].bad != sums[v].bad;
-                int32_t any = 0;
-                for (int i = 0; i < kLanes; ++i) any |= bad[i];
-                if (any == 0) continue;
+                const I bad = not_finite<V>(sums[v].move2, mlp_.z + v * kLanes, dim_);
                 for (int i = 0; i < kLanes; ++i) {
                     const int c = v * kLanes + i;
                     if (bad[i] && c < count_ && record.first_bad_step[first_ + c] < 0)

@@ -67,46 +67,79 @@ struct UpdateWorkspace {
 };
 
 struct StepSums {
-    F grad2, move2, bad; // |grad|^2, |displacement|^2, NaN where z is not finite
+    F grad2, move2; // |grad|^2, |displacement|^2
 };
 
-template <int V, bool kRecord>
-inline void update_block(const UpdateParams& update, UpdateWorkspace<V>& ws, int64_t dim, bool noisy, float* z,
-                         const float* grad, StepSums* sums) {
+// kUsual: noise and a prior around 0 whose precisions all chains share, no extra gradient, nothing frozen
+template <int V, bool kRecord, bool kUsual>
+inline void update_dims(const UpdateParams& update, const UpdateWorkspace<V>& ws, int64_t dim, bool noisy, float* z,
+                        const float* grad, StepSums* sums) {
     constexpr int kRow = V * kLanes;
-    if (kRecord)
-        for (int v = 0; v < V; ++v) sums[v] = {F{}, F{}, F{}};
+    // copies: a store to z might change what stands in memory, for all the compiler knows
+    const float *const precisions = update.prior_precision, *const means = update.prior_mean;
+    const float *const chain_precisions = ws.precision, *const chain_means = ws.mean, *const chain_frozen = ws.frozen;
+    const float *const extra_grad = ws.extra_grad, *const eps = ws.eps;
+    const uint8_t* const frozen_dims = update.frozen;
+    F c_grad[V], c_prior[V], c_noise[V], grad2[V], move2[V];
+    for (int v = 0; v < V; ++v) {
+        c_grad[v] = ws.c_grad[v], c_prior[v] = ws.c_prior[v], c_noise[v] = ws.c_noise[v];
+        grad2[v] = move2[v] = F{};
+    }
     for (int64_t d = 0; d < dim; ++d) {
         for (int v = 0; v < V; ++v) {
             const int64_t at = d * kRow + v * kLanes;
             const F z0 = load(z + at);
             F g = load(grad + at);
-            F z1 = fma(ws.c_grad[v], g, z0);
-            if (update.prior_precision) {
-                const F precision = ws.precision ? load(ws.precision + at) : splat(update.prior_precision[d]);
+            F z1 = fma(c_grad[v], g, z0);
+            if (kUsual || precisions) {
+                const F precision = !kUsual && chain_precisions ? load(chain_precisions + at) : splat(precisions[d]);
                 F pull = -z0;
-                if (update.prior_mean) pull = (ws.mean ? load(ws.mean + at) : splat(update.prior_mean[d])) - z0;
-                z1 = fma(ws.c_prior[v] * precision, pull, z1);
+                if (!kUsual && means) pull = (chain_means ? load(chain_means + at) : splat(means[d])) - z0;
+                z1 = fma(c_prior[v] * precision, pull, z1);
             }
-            if (ws.extra_grad) {
-                const F extra = load(ws.extra_grad + at);
-                z1 = fma(ws.c_prior[v], extra, z1);
+            if (!kUsual && extra_grad) {
+                const F extra = load(extra_grad + at);
+                z1 = fma(c_prior[v], extra, z1);
                 if (kRecord) g = g + extra;
             }
-            if (noisy) z1 = fma(ws.c_noise[v], load(ws.eps + at), z1);
-            if (update.frozen) {
-                const F frozen = ws.frozen ? load(ws.frozen + at) : splat(float(update.frozen[d]));
+            if (kUsual || noisy) z1 = fma(c_noise[v], load(eps + at), z1);
+            if (!kUsual && frozen_dims) {
+                const F frozen = chain_frozen ? load(chain_frozen + at) : splat(float(frozen_dims[d]));
                 z1 = frozen != 0.0f ? z0 : z1;
             }
             store(z + at, z1);
             if (kRecord) {
                 const F move = z1 - z0;
-                sums[v].grad2 = fma(g, g, sums[v].grad2);
-                sums[v].move2 = fma(move, move, sums[v].move2);
-                sums[v].bad = fma(z1, F{}, sums[v].bad); // inf * 0 and NaN * 0 are NaN
+                grad2[v] = fma(g, g, grad2[v]);
+                move2[v] = fma(move, move, move2[v]);
             }
         }
     }
+    if (kRecord)
+        for (int v = 0; v < V; ++v) sums[v] = {grad2[v], move2[v]};
+}
+
+template <int V, bool kRecord>
+inline void update_block(const UpdateParams& update, const UpdateWorkspace<V>& ws, int64_t dim, bool noisy, float* z,
+                         const float* grad, StepSums* sums) {
+    if (noisy && update.prior_precision && !ws.precision && !update.prior_mean && !update.extra_grad && !update.frozen)
+        update_dims<V, kRecord, true>(update, ws, dim, noisy, z, grad, sums);
+    else
+        update_dims<V, kRecord, false>(update, ws, dim, noisy, z, grad, sums);
+}
+
+// for the chains of a vector: -1 where z, [dim][V * kLanes], is not finite in some dim. A chain that a step left so has
+// moved by what is not finite either, so that most steps are told by their displacement alone.
+template <int V>
+inline I not_finite(F move2, const float* z, int64_t dim) {
+    const F of_move = move2 * F{}; // inf * 0 and NaN * 0 are NaN
+    const I suspected = of_move != of_move;
+    int32_t any = 0;
+    for (int i = 0; i < kLanes; ++i) any |= suspected[i];
+    if (any == 0) return I{};
+    F bad{};
+    for (int64_t d = 0; d < dim; ++d) bad = fma(load(z + d * V * kLanes), F{}, bad);
+    return bad != bad;
 }
 
 } // namespace JLEBM_TARGET

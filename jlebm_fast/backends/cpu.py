@@ -158,8 +158,9 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
     fused = fits_lanes(mlp.spec)
     if record.diagnostics:
         # each in memory of its own: results of a registered operator must not be views of one another
-        energy, grad_norm, displacement = (z.new_empty((n_kept, chains)) for _ in range(3))
-        first_bad_step = torch.empty(chains, dtype=torch.int64, device=z.device)
+        energy = z.new_empty(n_kept, chains)
+        grad_norm, displacement = torch.empty_like(energy), torch.empty_like(energy)
+        first_bad_step = torch.empty(chains, dtype=torch.int64)
         if not fused:  # the kernel begins each chain with -1 itself
             first_bad_step.fill_(-1)
     if record.trajectory:
