@@ -17,7 +17,7 @@ from jlebm_fast import EnergyMLP, FastLangevin, ops
 from jlebm_fast.bench import parity, peak, rivals
 from jlebm_fast.bench.cases import Case, mlp_of
 from jlebm_fast.bench.parity import Parity
-from jlebm_fast.bench.timing import Timing, interleaved
+from jlebm_fast.bench.timing import PATIENCE_SECONDS, Timing, interleaved
 from jlebm_fast.problem import Update
 
 MANY = 10_000
@@ -102,10 +102,16 @@ class Contenders:
         else:
             self.failed.append(check)
 
-    def measure(self, rounds: int, peak_of: int | None = None, flops: int | None = None) -> list[Record]:
+    def measure(
+        self,
+        rounds: int,
+        peak_of: int | None = None,
+        flops: int | None = None,
+        patience: float = PATIENCE_SECONDS,
+    ) -> list[Record]:
         """Times of all; with `peak_of` threads the FMA peak is measured before and after every turn."""
         rate = functools.partial(peak.fma_peak, peak_of, _PEAK_SECONDS) if peak_of else None
-        timings = interleaved(self.runs, rounds, rate)
+        timings = interleaved(self.runs, rounds, rate, patience)
         return [self._record(name, timing, flops) for name, timing in timings.items()]
 
     def _record(self, name: str, timing: Timing, flops: int | None) -> Record:
@@ -182,7 +188,8 @@ def diagnostics_cost(case: Case, chains: int, rounds: int, say: Say) -> tuple[li
         contenders.add(
             f"{backend.NAME} with diagnostics", functools.partial(sampler.sample, z0, return_info=True), check
         )
-    return contenders.measure(rounds), contenders.failed
+    # a difference of few per cent between calls of half a second takes many turns to see
+    return contenders.measure(rounds, patience=60.0), contenders.failed
 
 
 def op_times(case: Case, chains: int, rounds: int, say: Say) -> tuple[list[Record], list[Parity]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 
 from jlebm_fast.bench.cases import CASES
 from jlebm_fast.bench.sections import MANY
@@ -124,9 +126,20 @@ def _diagnostics(result: dict) -> str:
         backend = with_them["contender"].removesuffix(" with diagnostics")
         without = next(r for r in records if r["contender"] == backend and _same_size(r, with_them))
         # turn by turn: neighbours in time met the same speed of a shared machine
-        cost = statistics.median(a / b for a, b in zip(with_them["turns_s"], without["turns_s"], strict=True)) - 1
-        rows.append((f"{backend}, {with_them['case']}, {with_them['chains']:,} chains", [f"{100 * cost:+.1f} %"]))
-    return table("Diagnostics of every step", ["cost"], rows)
+        ratios = [a / b for a, b in zip(with_them["turns_s"], without["turns_s"], strict=True)]
+        cost, error = 100 * (statistics.median(ratios) - 1), 100 * error_of_median(ratios)
+        label = f"{backend}, {with_them['case']}, {with_them['chains']:,} chains"
+        rows.append((label, [f"{cost:+.1f} %", f"{error:.1f} %"]))
+    return table("Diagnostics of every step", ["cost", "+-"], rows)
+
+
+def error_of_median(values: Sequence[float]) -> float:
+    """Half the width of a 95 % interval of the median, 1.57 · interquartile range / √n (McGill, Tukey and Larsen, The
+    American Statistician 32, 1978); infinite for a single value."""
+    if len(values) < 2:
+        return math.inf
+    lower, _, upper = statistics.quantiles(values)
+    return 1.57 * (upper - lower) / math.sqrt(len(values))
 
 
 def _same_size(a: dict, b: dict) -> bool:

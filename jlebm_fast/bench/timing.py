@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 
 _BURST_SECONDS = 0.03  # a turn lasts about this long, so that short calls are not timed cold
-_PATIENCE_SECONDS = 20.0  # on a slow or busy machine the rounds end here, but never before the third
-_LEAST_ROUNDS = 3
+PATIENCE_SECONDS = 20.0
+_LEAST_ROUNDS = 3  # however impatient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,16 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]], rounds: int = 7, rate: Callable[[], float] | None = None
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int = 7,
+    rate: Callable[[], float] | None = None,
+    patience: float = PATIENCE_SECONDS,
 ) -> dict[str, Timing]:
     """Calls every contender in turn, up to `rounds` times, each turn a burst of one or more timed calls.
 
-    rate    what the machine can do at this moment; called before and after every turn, because the cores of a shared
-            machine run now faster, now slower
+    rate        what the machine can do at this moment; called before and after every turn, because the cores of a
+                shared machine run now faster, now slower
+    patience    seconds after which, on a slow or busy machine, the rounds end; never before the third
 
     Every turn of a contender that is quick begins with one untimed call: threads of the one before have gone to sleep
     by then and caches hold this one's weights.
@@ -62,7 +66,7 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     turns: dict[str, list[float]] = {name: [] for name in contenders}
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    end = time.perf_counter() + _PATIENCE_SECONDS
+    end = time.perf_counter() + patience
     for done in range(rounds):
         if done >= _LEAST_ROUNDS and time.perf_counter() > end:
             break

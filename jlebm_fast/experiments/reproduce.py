@@ -26,7 +26,7 @@ from .measures import SAMPLE_SEED
 from .report import report_html
 from .settings import Settings
 from .tables import Results, Table, all_tables
-from .work import Place, read_images, read_result, run_cells, save_images
+from .work import Place, read_images, read_result, run_cells, save_images, without
 
 MEASURE_SECONDS = 20.0  # of drawing and measuring samples, per cell, in the time estimate
 TIMED_UPDATES = 5
@@ -108,15 +108,30 @@ def _images(request: Request) -> Images:
     if path.is_file():
         images = read_images(path)
         if images.name == request.data:
+            _require_enough(request, images)
             return images
     images = load_images(request.data)
     images.require_classes()
     missing = [digit for digit in request.settings.digits if not (images.held_out_labels == digit).any()]
     if missing and "anomaly" in request.parts:
         raise ImageError(f'"{request.data}" has no held-out images of class {missing[0]}; the anomaly table needs them')
+    _require_enough(request, images)
     request.root.mkdir(parents=True, exist_ok=True)
     save_images(path, images)
     return images
+
+
+def _require_enough(request: Request, images: Images) -> None:
+    """A batch of training images for every cell, told before the classifier is trained."""
+    batch = request.settings.batch_size
+    for digit in (None, *(request.settings.digits if "anomaly" in request.parts else ())):
+        found = len(without(images, digit).train)
+        if found < batch:
+            which = "" if digit is None else f" of other classes than {digit}"
+            raise ImageError(
+                f'"{request.data}" has {found} training images{which}; a batch of the experiments takes {batch}: '
+                "use more images"
+            )
 
 
 def _results(place: Place, plan: Plan) -> dict[str, dict[str, Any]]:

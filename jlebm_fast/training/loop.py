@@ -225,7 +225,7 @@ def _run(trainer: Trainer, metrics: Any, stop_requested: list[int]) -> None:
     except NonFiniteLoss as error:
         raise RunError(
             f"training diverged at step {trainer.step + 1}: {error}; the last good checkpoint is kept in "
-            f'"{folder.checkpoint}" (a smaller --energy-lr or --autoencoder-lr usually helps)',
+            f'"{folder.checkpoint}" (a run begun anew with a smaller --energy-lr or --autoencoder-lr usually helps)',
             shared=True,
         ) from error
 

@@ -191,6 +191,13 @@ def test_what_the_report_claims():
     assert table.rows[3][1] == "–"
 
 
+def test_too_few_images_without_a_digit_are_told_before_the_classifier(tmp_path, data):
+    words = "54 training images of other classes than 1; a batch of the experiments takes 61: use more"
+    with pytest.raises(RunError, match=words):
+        reproduce(request_of(tmp_path / "out", data, ("anomaly",), batch_size=61))
+    assert not (tmp_path / "out" / "classifier.safetensors").exists()
+
+
 def test_class_score_of_known_predictions():
     half = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(50, 1)
     assert class_score(half) == pytest.approx(2.0)
