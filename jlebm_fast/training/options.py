@@ -189,16 +189,16 @@ class TrainOptions:
             if field.name in unused and getattr(self, field.name) != field.default:
                 option = "--" + field.name.replace("_", "-")
                 raise RunError(f"{option} does nothing with --model {self.model} and prior {prior}: leave it out")
-        for needed, value, readers in (
-            ("chains", "persistent", ("replay_batches", "refresh_fraction")),
-            ("lr_schedule", "epoch", ("lr_decay",)),
+        for name, needed, value in (
+            ("replay_batches", "chains", "persistent"),
+            ("refresh_fraction", "chains", "persistent"),
+            ("lr_decay", "lr_schedule", "epoch"),
         ):
-            for name in readers if getattr(self, needed) != value else ():
-                if getattr(self, name) != TrainOptions.__dataclass_fields__[name].default:
-                    option, other = ("--" + n.replace("_", "-") for n in (name, needed))
-                    raise RunError(
-                        f"{option} does nothing with {other} {getattr(self, needed)}: leave it out, or say {other} {value}"
-                    )
+            if getattr(self, needed) != value and getattr(self, name) != getattr(TrainOptions, name):
+                option, other = ("--" + n.replace("_", "-") for n in (name, needed))
+                raise RunError(
+                    f"{option} does nothing with {other} {getattr(self, needed)}: leave it out, or say {other} {value}"
+                )
 
     def _require(self, name: str, expected: str, holds: bool) -> None:
         if not holds:

@@ -192,7 +192,7 @@ def test_what_the_report_claims():
 
 
 def test_too_few_images_without_a_digit_are_told_before_the_classifier(tmp_path, data):
-    words = "54 training images of other classes than 1; a batch of the experiments takes 61: use more"
+    words = "52 training images of other classes than 1; a batch of the experiments takes 61: use more"
     with pytest.raises(RunError, match=words):
         reproduce(request_of(tmp_path / "out", data, ("anomaly",), batch_size=61))
     assert not (tmp_path / "out" / "classifier.safetensors").exists()
