@@ -160,7 +160,7 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
         # each in memory of its own: results of a registered operator must not be views of one another
         energy = z.new_empty(n_kept, chains)
         grad_norm, displacement = torch.empty_like(energy), torch.empty_like(energy)
-        first_bad_step = torch.empty(chains, dtype=torch.int64)
+        first_bad_step = z.new_empty(chains, dtype=torch.int64)
         if not fused:  # the kernel begins each chain with -1 itself
             first_bad_step.fill_(-1)
     if record.trajectory:
