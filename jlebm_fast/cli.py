@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .status import print_versions
+from .training.errors import FAILURE, INTERRUPTED, USAGE_ERROR, RunError
+
 if TYPE_CHECKING:
     from .training.options import TrainOptions
 
 # Modules of the extra "train"; the core runs without them.
 EXTRA_MODULES = {"tyro", "tqdm", "matplotlib", "datasets", "pyarrow", "PIL", "sklearn", "safetensors"}
-USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,8 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments == ["info"]:  # must help exactly where something is missing
             print_versions()
         return code
-    from .training.errors import RunError
-
     try:
         _require_no_empty(arguments)
         return _ended(_bench(arguments[1:]) if arguments[:1] == ["bench"] else _run(arguments))
@@ -82,8 +82,6 @@ def _bench(arguments: list[str]) -> int:
 
 def _require_no_empty(arguments: list[str]) -> None:
     """An empty path would be taken for the present folder."""
-    from .training.errors import RunError
-
     for before, argument in zip(["", *arguments], arguments, strict=False):
         option = argument[:-1] if argument.startswith("--") and argument.endswith("=") else before
         if argument == "" or option != before:
@@ -149,23 +147,8 @@ def _saved_options(run: pathlib.Path) -> TrainOptions:
 
 
 def _require_unchanged(saved: TrainOptions, given: TrainOptions) -> None:
-    from .training.errors import RunError
-
     for field in dataclasses.fields(saved):
         before, now = getattr(saved, field.name), getattr(given, field.name)
         if before != now and field.name not in saved.resumable_changes():
             option = "--" + field.name.replace("_", "-")
             raise RunError(f"--resume cannot change {option} from {before} to {now}: start another run for that")
-
-
-def print_versions() -> None:
-    """Prints versions and, for each backend, its devices or why it is missing and what to do about it."""
-    import platform
-
-    import torch
-
-    import jlebm_fast as jf
-
-    print(f"jlebm_fast {jf.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"threads {torch.get_num_threads()}, float32 matmul precision {torch.get_float32_matmul_precision()}")
-    print(jf.available_backends())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,15 @@ def available_backends() -> BackendList:
         True
     """
     return BackendList(_status(name) for name in backends.NAMES)
+
+
+def print_versions() -> None:
+    """Print versions and, for each backend, its devices or why it is missing and what to do about it."""
+    from . import __version__
+
+    print(f"jlebm_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"threads {torch.get_num_threads()}, float32 matmul precision {torch.get_float32_matmul_precision()}")
+    print(available_backends())
 
 
 def _status(name: str) -> BackendStatus:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from jlebm_fast.training.errors import RunError
+from jlebm_fast.training.errors import INTERRUPTED, RunError
 
 from .settings import FULL, PARTS, QUICK, Settings
 
@@ -70,8 +70,6 @@ class Reproduce:
         try:
             print(reproduce(request))
         except Stopped as stopped:
-            from jlebm_fast.cli import INTERRUPTED
-
             print(f"jlebm: {stopped}")
             return INTERRUPTED
         return 0

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jlebm_fast.experiments.command import Reproduce
+from jlebm_fast.status import print_versions
 
 from .errors import RunError
 from .options import TrainOptions
@@ -167,8 +168,6 @@ class Info:
     """Run folder."""
 
     def execute(self) -> int:
-        from jlebm_fast.cli import print_versions
-
         print_versions()
         if self.run is not None:
             _print_run(RunFolder(self.run))

@@ -1,5 +1,7 @@
 """The errors that a user can act on; the command line prints them as one sentence, without a traceback."""
 
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
+
 
 class RunError(Exception):
     """A run cannot start or go on, for a reason its message states together with the remedy.
