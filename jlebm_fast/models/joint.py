@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autoencoder import Autoencoder
 from .encoder import LadderEncoder, Posterior
 from .learning import Batch, LearningRates, LearningStep
 from .model import ModelConfig, adam, energy_adam, squared_error
-from .second_stage import Autoencoder
 
 
 class JointEBM(Autoencoder):

@@ -28,7 +28,7 @@ class ModelConfig:
     width                   channels of the largest feature map
     combine                 how a lower layer meets what comes from above: "add" or "concat"
     reconstruction_weight   1/(2σ²) of the observation model
-    prior                   "ebm" for exp(f(z)) N(0, I), "gaussian" for f = 0; "nce", "gmm", "vae": see second_stage.py
+    prior                   "ebm" for exp(f(z)) N(0, I), "gaussian" for f = 0; "nce", "gmm", "vae": see autoencoder.py
     energy_hidden, energy_depth, energy_activation, spectral_norm     the net f
     chain_steps, step_size  of the short-run prior chain, started at N(0, I)
     posterior_steps, posterior_step_size    of the posterior chain, in models without an encoder

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autoencoder import Autoencoder
 from .encoder import LadderEncoder
 from .learning import Batch, LearningRates, LearningStep
 from .model import ModelConfig, adam, encode_in_pieces, squared_error
-from .second_stage import Autoencoder
 
 WEIGHT_DECAY = 1e-4  # of the generator: RAE's L2 regularisation, which takes the place of the VAE's noise
 
