@@ -59,10 +59,9 @@ class Guards:
             (holder, name, frozen(holder.get(name), _DEPTH_OUTSIDE)) for holder, name in outside_names(net)
         ]
         self._cells = [
-            (cell, frozen(cell.cell_contents, _DEPTH_OUTSIDE))
+            (cell, frozen(_contents(cell), _DEPTH_OUTSIDE))
             for function in functions_behind(net)
             for cell in function.__closure__ or ()
-            if _is_filled(cell)
         ]
 
     def hold(self) -> bool:
@@ -86,7 +85,7 @@ class Guards:
             if frozen(holder.get(name), _DEPTH_OUTSIDE) != value:
                 return False
         for cell, value in self._cells:
-            if not _is_filled(cell) or frozen(cell.cell_contents, _DEPTH_OUTSIDE) != value:
+            if frozen(_contents(cell), _DEPTH_OUTSIDE) != value:
                 return False
         for one, name, other, other_name in self._ties:
             if one.get(name) is not other.get(other_name):
@@ -147,7 +146,7 @@ def functions_behind(net: nn.Module) -> list[types.FunctionType]:
         if type(function) is types.FunctionType and id(function) not in found and not _is_of_torch(function):
             found[id(function)] = function
             waiting += [function.__globals__.get(name) for code in codes_of(function) for name in code.co_names]
-            waiting += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+            waiting += [_contents(cell) for cell in function.__closure__ or ()]
     return list(found.values())
 
 
@@ -189,13 +188,12 @@ def _is_of_torch(value: type | Callable | types.ModuleType) -> bool:
     return (home or "").partition(".")[0] == "torch"
 
 
-def _is_filled(cell: types.CellType) -> bool:
-    """Whether the variable of a closure has been given a value yet."""
+def _contents(cell: types.CellType) -> object:
+    """The value of a closure's variable; _ABSENT before it was given one."""
     try:
-        cell.cell_contents
+        return cell.cell_contents
     except ValueError:
-        return False
-    return True
+        return _ABSENT
 
 
 def numbers_of(net: nn.Module) -> frozenset[tuple[type, float]]:
