@@ -286,7 +286,8 @@ def test_state_dict_round_trip_inside_another_module(tmp_path):
 
 def test_widths_may_be_integers_of_numpy():
     f = jf.EnergyMLP(np.array([1, 3]), np.int64(5), np.int64(2), out_features=np.int64(3), head="logit")
-    assert f.latent_dims == (1, 3) and f.spec.widths == (4, 5, 5, 3)
+    assert f.latent_dims == (1, 3)
+    assert f.spec.widths == (4, 5, 5, 3)
     assert all(type(width) is int for width in (*f.latent_dims, *f.spec.widths))
     assert torch.equal(f(normal(2, 4), y=np.int64(1)), f(normal(2, 4), y=1))
 

@@ -393,7 +393,8 @@ def test_integers_of_numpy_are_integers():
     expected, told = jf.FastLangevin(f, n_steps=6).sample(z, return_info=True, **options)
     numpys = {name: np.int64(value) for name, value in options.items()}
     found, info = jf.FastLangevin(f, n_steps=np.int32(6)).sample(z, return_info=True, **numpys)
-    assert torch.equal(found, expected) and torch.equal(info.energy, told.energy)
+    assert torch.equal(found, expected)
+    assert torch.equal(info.energy, told.energy)
     with pytest.raises(ValueError, match=r"first_step must be an integer in \[0, 2\*\*32\), got -1"):
         jf.FastLangevin(f, n_steps=6)(z, first_step=np.int64(-1))
 
@@ -403,7 +404,8 @@ def test_a_negation_that_torch_has_only_noted_is_carried_out(recognised):
     """The imaginary part of a conjugate shares its memory with the number: its sign is a flag."""
     f, z, noise = jf.EnergyMLP(6, 5, 2), normal(4, 6), normal(3, 4, 6)
     flagged, flagged_noise = (torch.complex(t, -t).conj().imag for t in (z, noise))
-    assert flagged.is_neg() and torch.equal(flagged, z)
+    assert flagged.is_neg()
+    assert torch.equal(flagged, z)
     prior = jf.FastLangevin(f if recognised else lambda z: f(z), n_steps=3)
     assert torch.equal(prior(torch._neg_view(-z), noise=torch._neg_view(-noise)), prior(z, noise=noise))
     assert torch.equal(prior(flagged, noise=flagged_noise), prior(z, noise=noise))
