@@ -17,6 +17,7 @@ def dtype_name(dtype: torch.dtype | torch.layout) -> str:
 def whole(value: object) -> object:
     """An integer of any kind (numpy's) as Python's int; anything else as it is, for the checks that follow.
 
+    >>> import numpy as np
     >>> whole(np.int64(3))
     3
     """
