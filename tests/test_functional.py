@@ -144,6 +144,18 @@ def test_the_argument_that_is_wrong_is_named(call, sentence):
     assert str(raised.value) == sentence
 
 
+def test_integers_of_numpy_place_a_chain():
+    f, z = jf.EnergyMLP(6, 5, 2), normal(4, 6)
+    options = {"noise_key": 3, "first_step": 2, "first_chain": 4, "thin": 2}
+    expected, told = jf.FastLangevin(f, n_steps=6).sample(z, return_info=True, **options)
+    numpys = {name: np.int64(value) for name, value in options.items()}
+    found, info = jf.FastLangevin(f, n_steps=np.int32(6)).sample(z, return_info=True, **numpys)
+    assert torch.equal(found, expected)
+    assert torch.equal(info.energy, told.energy)
+    with pytest.raises(ValueError, match=r"first_step must be an integer in \[0, 2\*\*32\), got -1"):
+        jf.FastLangevin(f, n_steps=6)(z, first_step=np.int64(-1))
+
+
 def test_integers_of_numpy_address_noise():
     assert torch.equal(
         jf.langevin_noise(np.uint64(1 << 63), np.int64(2), np.int64(3), np.int64(4), first_step=np.int64(5)),

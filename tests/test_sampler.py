@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from reference import published_loop
@@ -385,33 +384,6 @@ def test_bad_input_is_named(call, message):
 def test_bad_configuration_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         jf.FastLangevin(jf.EnergyMLP(2, 3, 1), **options)
-
-
-def test_integers_of_numpy_are_integers():
-    f, z = jf.EnergyMLP(6, 5, 2), normal(4, 6)
-    options = {"noise_key": 3, "first_step": 2, "first_chain": 4, "thin": 2}
-    expected, told = jf.FastLangevin(f, n_steps=6).sample(z, return_info=True, **options)
-    numpys = {name: np.int64(value) for name, value in options.items()}
-    found, info = jf.FastLangevin(f, n_steps=np.int32(6)).sample(z, return_info=True, **numpys)
-    assert torch.equal(found, expected)
-    assert torch.equal(info.energy, told.energy)
-    with pytest.raises(ValueError, match=r"first_step must be an integer in \[0, 2\*\*32\), got -1"):
-        jf.FastLangevin(f, n_steps=6)(z, first_step=np.int64(-1))
-
-
-@pytest.mark.parametrize("recognised", [True, False])
-def test_a_negation_that_torch_has_only_noted_is_carried_out(recognised):
-    """The imaginary part of a conjugate shares its memory with the number: its sign is a flag."""
-    f, z, noise = jf.EnergyMLP(6, 5, 2), normal(4, 6), normal(3, 4, 6)
-    flagged, flagged_noise = (torch.complex(t, -t).conj().imag for t in (z, noise))
-    assert flagged.is_neg()
-    assert torch.equal(flagged, z)
-    prior = jf.FastLangevin(f if recognised else lambda z: f(z), n_steps=3)
-    assert torch.equal(prior(torch._neg_view(-z), noise=torch._neg_view(-noise)), prior(z, noise=noise))
-    assert torch.equal(prior(flagged, noise=flagged_noise), prior(z, noise=noise))
-    assert torch.equal(f(torch._neg_view(-z)), f(z))
-    step = jf.langevin_step(torch._neg_view(-z), torch._neg_view(-z), noise_key=1)
-    assert torch.equal(step, jf.langevin_step(z, z, noise_key=1))
 
 
 def test_energies_of_the_wrong_shape_are_named():
