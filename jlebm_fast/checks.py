@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def whole(value: object) -> object:
+    """An integer of any kind (numpy's) as Python's int; anything else as it is, for the checks that follow.
+
+    >>> import numpy as np
+    >>> whole(np.int64(3))
+    3
+    """
+    if type(value) is int or isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return value
+    return int(value)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Not sparse, not nested: what the operations can read."""
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def describe(value: object) -> str:
@@ -19,7 +38,10 @@ def describe(value: object) -> str:
     '[100, 12] float32 on cpu'
     """
     if isinstance(value, Tensor):
-        return f"{list(value.shape)} {dtype_name(value.dtype)} on {value.device}"
+        if value.is_nested:
+            return f"a nested tensor {dtype_name(value.dtype)} on {value.device}"
+        kind = "" if value.layout is torch.strided else f" ({dtype_name(value.layout)})"
+        return f"{list(value.shape)} {dtype_name(value.dtype)} on {value.device}{kind}"
     return type(value).__name__
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import describe
 from .dynamics import GaussianPrior
 from .sampler import FastLangevin, LangevinInfo
 
@@ -36,6 +37,21 @@ def _option(args: object, name: str, default: object = _REQUIRED) -> Any:
     if value is _REQUIRED:
         raise ValueError(f"args must have {name}, got {type(args).__name__} without it")
     return value
+
+
+def _number(args: object, name: str, default: object = _REQUIRED) -> float:
+    value = _option(args, name, default)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
+
+
+def _steps(args: object) -> int:
+    steps = _number(args, "e_l_steps")
+    if not steps.is_integer():
+        raise ValueError(f"e_l_steps must be an integer, got {steps!r}")
+    return int(steps)
 
 
 def _report(info: LangevinInfo, n_steps: int, write: Callable[[str], object]) -> None:
@@ -74,13 +90,15 @@ def langevin_prior(
 
     Source: Cui, Wu, Han, ICCV 2023, eq. 8, and its public training scripts.
     """
-    n_steps = int(_option(args, "e_l_steps"))
+    n_steps = _steps(args)
     sampler = FastLangevin(
         netE,
         n_steps=n_steps,
-        step_size=float(_option(args, "e_l_step_size")),
+        step_size=_number(args, "e_l_step_size"),
         noise_scale=1.0 if _option(args, "e_l_with_noise", True) else 0.0,
     )
+    if not isinstance(zs_init, (list, tuple)):
+        raise ValueError(f"zs_init must be a list of latent layers [chains, d_l], got {describe(zs_init)}")
     if not (should_print and _logger.isEnabledFor(logging.INFO)):
         return sampler.sample(list(zs_init))
     zs, info = sampler.sample(list(zs_init), return_info=True)
@@ -167,13 +185,13 @@ def sample_langevin_prior_z(
 
     Source: Pang et al., NeurIPS 2020, eq. 7, and its public training scripts.
     """
-    n_steps = int(_option(args, "e_l_steps"))
+    n_steps = _steps(args)
     sampler = FastLangevin(
         _with_form(netE, _option(args, "e_energy_form", "identity")),
         n_steps=n_steps,
-        step_size=float(_option(args, "e_l_step_size")),
+        step_size=_number(args, "e_l_step_size"),
         noise_scale=1.0 if _option(args, "e_l_with_noise", True) else 0.0,
-        prior=GaussianPrior(std=float(_option(args, "e_prior_sig", 1.0))),
+        prior=GaussianPrior(std=_number(args, "e_prior_sig", 1.0)),
         maximize=False,
     )
     z, info = sampler.sample(z, return_info=True)

@@ -71,6 +71,11 @@ def check_prior(prior: object) -> None:
         raise ValueError(f"prior must be a GaussianPrior or None, got {describe(prior)}")
 
 
+def check_maximize(maximize: object) -> None:
+    if not isinstance(maximize, bool):
+        raise ValueError(f"maximize must be True or False, got {maximize!r}")
+
+
 def _broadcast(name: str, value: float | Tensor, z: Tensor) -> Tensor:
     chains, dim = z.shape
     if not isinstance(value, Tensor) or value.dim() == 0:

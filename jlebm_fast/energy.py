@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoints, fused_energy
-from .checks import SUPPORTED_DTYPES, describe, dtype_name
+from .checks import SUPPORTED_DTYPES, describe, dtype_name, is_dense, whole
 from .latents import LatentLayout, flatten_latents
 from .ops import check_spec
 from .problem import ACTIVATIONS, HEADS, MLP, MLPSpec
@@ -30,8 +30,21 @@ class EnergyLinear(nn.Linear):
         super().__init__(in_features, out_features)
         self.spectral_norm = spectral_norm
         if spectral_norm:
-            self.register_buffer("weight_u", F.normalize(torch.randn(out_features), dim=0))
-            self.register_buffer("weight_v", F.normalize(torch.randn(in_features), dim=0))
+            self.register_buffer("weight_u", self.weight.new_empty(out_features))
+            self.register_buffer("weight_v", self.weight.new_empty(in_features))
+            self._reset_vectors()
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's, and singular vectors of the new weight: what deferred initialisation calls after `to_empty`."""
+        super().reset_parameters()
+        if "weight_u" in self._buffers:  # nn.Linear's constructor comes here before there are any
+            self._reset_vectors()
+
+    def _reset_vectors(self) -> None:
+        with torch.no_grad():
+            for vector in (self.weight_u, self.weight_v):
+                vector.copy_(F.normalize(torch.randn_like(vector), dim=0))
+        if not self.weight.is_meta:  # a device without values has nothing to converge to
             self.effective_weight(keep_vectors=True)
 
     def effective_weight(self, *, keep_vectors: bool = False) -> Tensor:
@@ -52,6 +65,11 @@ def effective_weights(layers: Iterable[EnergyLinear], *, keep_vectors: bool = Fa
     """
     weights, normed = [], []
     for layer in layers:
+        if not isinstance(layer, EnergyLinear):
+            raise ValueError(
+                f"the layers of an EnergyMLP must stay its own, got {type(layer).__name__}; copy weights into them "
+                "(load_state_dict), or give FastLangevin a module of another class"
+            )
         if layer._forward_pre_hooks or layer._forward_hooks:
             raise ValueError(
                 "a layer of an EnergyMLP carries a forward hook (an old-style norm, pruning), which its fused forward "
@@ -105,10 +123,10 @@ def _weights_in_graph(
 
 def _entries(value: object) -> tuple:
     """One integer or several as a tuple; empty of what is neither."""
-    if isinstance(value, int):
-        return (value,)
+    if isinstance(value, numbers.Integral):
+        return (whole(value),)
     several = isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1)
-    return tuple(value) if several else ()
+    return tuple(map(whole, value)) if several else ()
 
 
 def _check_dims(latent_dims: object) -> tuple[int, ...]:
@@ -136,7 +154,8 @@ class EnergyMLP(nn.Module):
     Shape:
         forward(z, context=None, y=None) -> f [chains]; z [chains, dim], [chains, dim, 1, 1] or a list of layers
         [chains, d_l]; context [chains, context_dim] or [context_dim]; y [chains] int64 or an int. With y, a logsumexp
-        head gives the chosen logit instead. Differentiable, also twice, in z, context and the parameters.
+        head gives the chosen logit instead. Differentiable, also twice, in z, context and the parameters; a spectral
+        norm's singular vectors are constants then, as torch's are: twice in one weight it is not exact.
 
     Raises:
         ValueError: an argument outside the ranges above, or an input that does not fit.
@@ -165,9 +184,10 @@ class EnergyMLP(nn.Module):
     ) -> None:
         super().__init__()
         dims = _check_dims(latent_dims)
+        depth, out_features, context_dim = whole(depth), whole(out_features), whole(context_dim)
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth must be an integer >= 1, got {depth!r}")
-        widths = (hidden,) * depth if isinstance(hidden, int) else _entries(hidden)
+        widths = _entries(hidden) * (depth if isinstance(hidden, numbers.Integral) else 1)
         if len(widths) != depth:
             raise ValueError(f"hidden must be one width or {depth} widths (depth = {depth}), got {hidden!r}")
         if activation not in ACTIVATIONS:
@@ -224,7 +244,7 @@ class EnergyMLP(nn.Module):
             return copy.deepcopy(net)
         as_tensor = LatentLayout(Tensor, (sum(dims),), ((),))
         found = recognise(net, as_tensor)
-        if isinstance(found, Unrecognised) and not isinstance(latent_dims, int):
+        if isinstance(found, Unrecognised) and not isinstance(latent_dims, numbers.Integral):
             found = recognise(net, LatentLayout(list, dims, ((),) * len(dims)))
         if isinstance(found, Unrecognised):
             raise ValueError(f"net cannot be copied into an EnergyMLP: {found.reason}")
@@ -264,7 +284,8 @@ class EnergyMLP(nn.Module):
     def check_z(self, z: Tensor) -> None:
         """z [chains, dim] with the dtype and device of the parameters."""
         weight = self._check_parameters()
-        if z.dim() != 2 or z.shape[1] != self.spec.dim or z.dtype != weight.dtype or z.device != weight.device:
+        fits = is_dense(z) and z.dim() == 2 and z.shape[1] == self.spec.dim
+        if not fits or z.dtype != weight.dtype or z.device != weight.device:
             raise ValueError(
                 f"z must be [chains, {self.spec.dim}] {dtype_name(weight.dtype)} on {weight.device}, got {describe(z)}"
             )
@@ -319,7 +340,7 @@ class EnergyMLP(nn.Module):
         return context.expand(chains, self.context_dim)
 
     def _check_logit(self, y: Tensor | int, z: Tensor) -> Tensor:
-        n_logits, chains = self.spec.n_logits, z.shape[0]
+        n_logits, chains, y = self.spec.n_logits, z.shape[0], whole(y)
         if self.spec.head not in ("logit", "logsumexp"):
             raise ValueError(f"y chooses a logit of a logsumexp or logit head, but this head is {self.spec.head!r}")
         if isinstance(y, int) and not isinstance(y, bool) and 0 <= y < n_logits:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, dynamics, ops
-from .checks import check_like, describe
+from .checks import check_like, describe, whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .latents import flatten_latents, flatten_mask
 from .modes import chain_mode, device_of
@@ -57,29 +57,35 @@ def langevin_noise(
 
     Source: Salmon et al., SC 2011 (Philox); Box and Muller, 1958.
     """
-    _check_key(key)
     return ops.langevin_noise(
-        key,
-        n_steps,
-        chains,
-        dim,
-        first_step=first_step,
-        first_chain=first_chain,
-        stream=stream,
-        device=device,
+        _check_key(key),
+        whole(n_steps),
+        whole(chains),
+        whole(dim),
+        first_step=whole(first_step),
+        first_chain=whole(first_chain),
+        stream=whole(stream),
+        device=_check_device(device),
         dtype=dtype,
         backend=backend,
     )
 
 
-def _check_key(key: int | Tensor) -> None:
+def _check_key(key: int | Tensor) -> int | Tensor:
     """The check of a noise key, under the name that it has in `langevin_noise`."""
     if torch.compiler.is_compiling():
-        return  # the operator checks it
+        return key  # the operator checks it
     try:
-        check_noise_key(key)
+        return check_noise_key(key)
     except ValueError as error:
         raise ValueError(str(error).removeprefix("noise_")) from None
+
+
+def _check_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a device of torch, got {device!r}: {error}") from None
 
 
 def langevin_step(
@@ -134,6 +140,8 @@ def langevin_step(
         if grad_layout.dims != layout.dims:
             raise ValueError(f"grad must have the layers of z, widths {layout.dims}, got {grad_layout.dims}")
         dynamics.check_prior(prior)
+        dynamics.check_maximize(maximize)
+        step, first_chain = whole(step), whole(first_chain)
         ops.check_counter("step", step)
         step_size = dynamics.check_schedule("step_size", step_size, 1)
         noise_scale = dynamics.check_schedule("noise_scale", noise_scale, 1)

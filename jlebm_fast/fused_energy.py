@@ -54,7 +54,7 @@ def energy(z: Tensor, mlp: MLP) -> Tensor:
     if native is None:
         return eager.mlp_forward(z, mlp)[0]
     if not torch.is_grad_enabled():
-        return native(z.contiguous(), mlp, False, False).value
+        return native(z.contiguous().resolve_neg(), mlp, False, False).value
     learned = any(weight.requires_grad for weight in mlp.weights)
     pays = mlp.spec.n_hidden >= _FEWEST_LAYERS_FOR_PARAMETERS and z.shape[0] <= _MOST_CHAINS_FOR_PARAMETERS
     if z.is_cpu and learned and not pays:
@@ -103,7 +103,7 @@ class _Energy(torch.autograd.Function):
         ctx: Any, native: NativePass, mlp: MLP, z: Tensor, context_bias: Tensor | None, *parameters: Tensor | None
     ) -> Tensor:
         of_z, of_layers = ctx.needs_input_grad[2], any(ctx.needs_input_grad[3:])
-        found = native(z.contiguous(), mlp, of_layers, of_z)
+        found = native(z.contiguous().resolve_neg(), mlp, of_layers, of_z)
         ctx.save_for_backward(z, context_bias, *parameters)
         ctx.mlp, ctx.found = mlp, found._replace(value=None)
         return found.value

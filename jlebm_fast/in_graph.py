@@ -77,7 +77,8 @@ def mlp_of(
 ) -> MLP | None:
     """The energy's parameters as tensors of the graph; None where the energy is no MLP, or not known to be one."""
     source, net = sampler._source, sampler._source.energy
-    if isinstance(net, EnergyMLP) and type(net).forward is EnergyMLP.forward:
+    hooked = isinstance(net, nn.Module) and (net._forward_hooks or net._forward_pre_hooks)
+    if isinstance(net, EnergyMLP) and type(net).forward is EnergyMLP.forward and not hooked:
         if layout.container is not Tensor and layout.dims != net.latent_dims:
             raise ValueError(f"z must be layers of widths {net.latent_dims}, got {layout.dims}")
         net.check_z(flat)

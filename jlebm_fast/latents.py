@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import SUPPORTED_DTYPES, describe, dtype_name
+from .checks import SUPPORTED_DTYPES, describe, dtype_name, is_dense
 
 
 class LatentLayout(NamedTuple):
@@ -41,10 +41,15 @@ class LatentLayout(NamedTuple):
         return layers if self.container is list else tuple(layers)
 
 
+def _is_layer(z: Tensor) -> bool:
+    """[chains, dim] or [chains, dim, 1, 1], whose entries can be read."""
+    return is_dense(z) and (z.dim() == 2 or (z.dim() == 4 and z.shape[2:] == (1, 1)))
+
+
 def _check_layer(name: str, index: int, z: object, first: Tensor) -> None:
     if (
         isinstance(z, Tensor)
-        and (z.dim() == 2 or (z.dim() == 4 and z.shape[2:] == (1, 1)))
+        and _is_layer(z)
         and z.shape[0] == first.shape[0]
         and z.dtype is first.dtype
         and z.device == first.device
@@ -62,24 +67,27 @@ def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...], name: str = "
     name: what the caller of the package knows the argument by.
     """
     if isinstance(z, Tensor):
-        if z.dtype not in SUPPORTED_DTYPES or not (z.dim() == 2 or (z.dim() == 4 and z.shape[2:] == (1, 1))):
+        if z.dtype not in SUPPORTED_DTYPES or not _is_layer(z):
             raise ValueError(
                 f"{name} must be [chains, dim] or [chains, dim, 1, 1], float32 or float64, or a list of layers, "
                 f"got {describe(z)}"
             )
         layout = LatentLayout(Tensor, (z.shape[1],), (tuple(z.shape[2:]),))
         flat = z.detach()
-        return (flat if flat.dim() == 2 else flat.flatten(1)).contiguous(), layout
+        return (flat if flat.dim() == 2 else flat.flatten(1)).contiguous().resolve_neg(), layout
     if not isinstance(z, (list, tuple)) or not z:
         raise ValueError(f"{name} must be a tensor [chains, dim] or a list of layers [chains, d_l], got {describe(z)}")
-    if not isinstance(z[0], Tensor) or z[0].dim() < 1 or z[0].dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"{name}[0] must be [chains, dim], float32 or float64, got {describe(z[0])}")
+    if not isinstance(z[0], Tensor) or z[0].dtype not in SUPPORTED_DTYPES or not _is_layer(z[0]):
+        raise ValueError(
+            f"{name}[0] must be [chains, dim] or [chains, dim, 1, 1], float32 or float64, got {describe(z[0])}"
+        )
     first = z[0]
     chains, dtype, device = first.shape[0], first.dtype, first.device
     dims, plain = [], True
     for i, layer in enumerate(z):
         if not (
             isinstance(layer, Tensor)
+            and is_dense(layer)
             and len(shape := layer.shape) == 2
             and shape[0] == chains
             and layer.dtype is dtype

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dynamics
+from .checks import whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .functional import energy_and_grad, langevin_noise, langevin_step
 from .latents import LatentLayout, flatten_latents
@@ -84,11 +85,13 @@ def mala(
     Source: Roberts and Tweedie, "Exponential convergence of Langevin distributions and their discrete approximations",
     Bernoulli 2 (1996).
     """
+    n_steps, thin, first_step, first_chain = (whole(value) for value in (n_steps, thin, first_step, first_chain))
     check_count("n_steps", n_steps)
     check_thin(thin)
     check_counter("first_step", first_step)
     check_counter("first_chain", first_chain)
     dynamics.check_prior(prior)
+    dynamics.check_maximize(maximize)
     if isinstance(step_size, (list, tuple)):
         raise ValueError("step_size must be a float or a tensor [chains]: a proposal with a schedule is another kernel")
     step_size = dynamics.check_schedule("step_size", step_size, 1)

@@ -4,7 +4,8 @@
     test       value and gradient of that structure against the copy's own, on random inputs of two batch sizes
     keep       the structure, per module and weakly; never a parameter: those are read at every call
     watch      modules, forwards, modes (train/eval), ties between parameters, attributes (plain values however nested,
-               identities of the rest): what differs from the trace's starts it anew
+               identities of the rest), globals, closures and methods that the code names: what differs from the
+               trace's starts it anew
     refuse     what could change unseen: foreign hooks, values of tensors read by a forward, numbers of unknown origin
 
 Spectral norm at call time follows `spectral.py`. A module that is not recognised runs its own forward under autograd,
@@ -31,7 +32,7 @@ from .ops import check_spec
 from .problem import MLP
 from .spectral import top_singular_triple, top_singulars
 from .tracing import Label, LinearSite, Structure, Tracer, Untraceable, structure_of
-from .watching import Guards, foreign_hook, numbers_of
+from .watching import HOOKS_OF_ALL, Guards, foreign_hook, numbers_of
 
 # what a forward in float64 on a foreign batch may legitimately raise; anything else is the user's to see
 _FORWARD_ERRORS = (
@@ -377,7 +378,7 @@ def is_plain_energy_mlp(net: object) -> bool:
     """An EnergyMLP whose forward is EnergyMLP's: no subclass that changes it, no hook, no foreign normalisation."""
     if not isinstance(net, EnergyMLP) or type(net).forward is not EnergyMLP.forward or "forward" in net.__dict__:
         return False
-    if net._forward_hooks or net._forward_pre_hooks:
+    if net._forward_hooks or net._forward_pre_hooks or any(HOOKS_OF_ALL):
         return False
     # a parametrised layer is of a class of its own
     return all(type(layer) is EnergyLinear for layer in net._modules["layers"]._modules.values())

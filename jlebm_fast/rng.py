@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import describe
+from .checks import describe, whole
 from .modes import capturing
 
 KEY_RANGE = 1 << 64
@@ -75,6 +75,7 @@ def check_noise_key(noise_key: int | Tensor) -> int | Tensor:
         if noise_key.dtype == torch.int64 and noise_key.numel() == 1:
             return noise_key
         raise ValueError(f"noise_key as a tensor must be [1] int64, got {describe(noise_key)}")
+    noise_key = whole(noise_key)
     if not isinstance(noise_key, int) or isinstance(noise_key, bool) or not 0 <= noise_key < KEY_RANGE:
         raise ValueError(f"noise_key must be an integer in [0, 2**64), got {noise_key!r}")
     return noise_key

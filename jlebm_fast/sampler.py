@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import backends, dynamics, ops, precision, stepwise
 from .captured import capture_of
-from .checks import check_like, describe
+from .checks import check_like, describe, whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .explanation import explain
 from .latents import LatentLayout, flatten_latents, flatten_mask
@@ -91,13 +91,12 @@ class FastLangevin:
     def __post_init__(self) -> None:
         if not callable(self.energy):
             raise ValueError(f"energy must be a module or a callable, got {describe(self.energy)}")
+        object.__setattr__(self, "n_steps", whole(self.n_steps))
         ops.check_count("n_steps", self.n_steps)
         for name in ("step_size", "noise_scale"):
             object.__setattr__(self, name, dynamics.check_schedule(name, getattr(self, name), self.n_steps))
-        if self.prior is not None and not isinstance(self.prior, GaussianPrior):
-            raise ValueError(f"prior must be a GaussianPrior or None, got {describe(self.prior)}")
-        if not isinstance(self.maximize, bool):
-            raise ValueError(f"maximize must be True or False, got {self.maximize!r}")
+        dynamics.check_prior(self.prior)
+        dynamics.check_maximize(self.maximize)
         backends.check_name(self.backend)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
@@ -189,6 +188,7 @@ class FastLangevin:
             if isinstance(context, Tensor) and context.is_inference():
                 context = context.clone()
             update = self._update(flat, layout, generator, noise, mask, noise_key, first_step, first_chain)
+            thin = whole(thin)
             ops.check_thin(thin)
             record = Record(return_info, return_trajectory, thin)
             result = self._run(flat, layout, update, record, log_likelihood, context, y, capture)
@@ -298,8 +298,8 @@ class FastLangevin:
             flatten_mask(mask, layout, flat),
             noise,
             noise_key_of(noise_key, generator, flat.device),
-            first_step,
-            first_chain,
+            whole(first_step),
+            whole(first_chain),
         )
 
     def _constant_terms(self, flat: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -323,4 +323,4 @@ class FastLangevin:
             for i, (layer, d) in enumerate(zip(noise, layout.dims, strict=True)):
                 check_like(f"noise[{i}]", layer, ((self.n_steps, chains, d),), flat)
             noise = torch.cat(list(noise), dim=2)
-        return check_like("noise", noise, ((self.n_steps, chains, dim),), flat).detach().contiguous()
+        return check_like("noise", noise, ((self.n_steps, chains, dim),), flat).detach().contiguous().resolve_neg()

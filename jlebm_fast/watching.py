@@ -10,6 +10,7 @@ import argparse
 import itertools
 import types
 import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,10 @@ _PLAIN = (bool, int, float, str, type(None))
 _ABSENT = object()
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _MOST_WATCHED = 64  # entries of a list or dict among a module's attributes
+_DEPTH_OUTSIDE = 2  # of what is no attribute of a module: a logger or data set must not be searched at every call
 _NORM_HOOKS = (SpectralNorm, WeightNorm)
+# hooks that torch runs around the forward of every module
+HOOKS_OF_ALL = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 
 
 class Guards:
@@ -50,6 +54,15 @@ class Guards:
             self._identities += [(module._modules, name, id(child)) for name, child in module._modules.items()]
             hooks = (module._modules, module._parameters, module._forward_hooks, module._forward_pre_hooks)
             self._lengths += [(collection, len(collection)) for collection in (entries, *hooks)]
+        self._lengths += [(hooks, len(hooks)) for hooks in HOOKS_OF_ALL]
+        self._outside = [
+            (holder, name, frozen(holder.get(name), _DEPTH_OUTSIDE)) for holder, name in outside_names(net)
+        ]
+        self._cells = [
+            (cell, frozen(_contents(cell), _DEPTH_OUTSIDE))
+            for function in functions_behind(net)
+            for cell in function.__closure__ or ()
+        ]
 
     def hold(self) -> bool:
         """Whether all of it is still so: a few microseconds."""
@@ -67,6 +80,12 @@ class Guards:
                 return False
         for entries, name, value in self._others:
             if frozen(entries.get(name)) != value:
+                return False
+        for holder, name, value in self._outside:
+            if frozen(holder.get(name), _DEPTH_OUTSIDE) != value:
+                return False
+        for cell, value in self._cells:
+            if frozen(_contents(cell), _DEPTH_OUTSIDE) != value:
                 return False
         for one, name, other, other_name in self._ties:
             if one.get(name) is not other.get(other_name):
@@ -108,23 +127,89 @@ def options_of(name: str, value: object) -> dict[str, object]:
     return value if type(value) is dict and not name.startswith("_") else {}
 
 
+def classes_behind(net: nn.Module) -> Iterator[type]:
+    """The classes of the net's modules and their bases, but for torch's own."""
+    seen = {cls for module in net.modules() for cls in type(module).__mro__}
+    return (cls for cls in seen if cls is not object and not _is_of_torch(cls))
+
+
+def functions_behind(net: nn.Module) -> list[types.FunctionType]:
+    """What a forward may run that is not torch's: methods, functions among the attributes, and what these name."""
+    attributes = (
+        value for module in net.modules() for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE
+    )
+    waiting = [*attributes, *(value for cls in classes_behind(net) for value in vars(cls).values())]
+    found: dict[int, types.FunctionType] = {}
+    while waiting:
+        value = waiting.pop()
+        function = getattr(value, "fget", None) if isinstance(value, property) else getattr(value, "__func__", value)
+        if type(function) is types.FunctionType and id(function) not in found and not _is_of_torch(function):
+            found[id(function)] = function
+            waiting += [function.__globals__.get(name) for code in codes_of(function) for name in code.co_names]
+            waiting += [_contents(cell) for cell in function.__closure__ or ()]
+    return list(found.values())
+
+
+def codes_of(function: types.FunctionType) -> Iterator[types.CodeType]:
+    """The code of a function and of the functions written inside it."""
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [constant for constant in code.co_consts if type(constant) is types.CodeType]
+        yield code
+
+
+def outside_names(net: nn.Module) -> list[tuple[dict, str]]:
+    """Where a forward finds what is neither its own code nor an attribute of an instance: (namespace, name).
+
+    Attributes of the classes, globals that the code names, and what it names of the user's own modules of Python.
+    """
+    found = {
+        (id(cls), name): (vars(cls), name)
+        for cls in classes_behind(net)
+        for name in vars(cls)
+        if not name.startswith("__")
+    }
+    for function in functions_behind(net):
+        for code in codes_of(function):
+            for name in code.co_names:
+                value = function.__globals__.get(name)
+                if not isinstance(value, types.ModuleType):
+                    found[id(function.__globals__), name] = (function.__globals__, name)
+                elif not _is_of_torch(value):
+                    for inner in code.co_names:
+                        if inner in vars(value):
+                            found[id(vars(value)), inner] = (vars(value), inner)
+    return list(found.values())
+
+
+def _is_of_torch(value: type | Callable | types.ModuleType) -> bool:
+    home = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+    return (home or "").partition(".")[0] == "torch"
+
+
+def _contents(cell: types.CellType) -> object:
+    """The value of a closure's variable; _ABSENT before it was given one."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _ABSENT
+
+
 def numbers_of(net: nn.Module) -> frozenset[tuple[type, float]]:
     """Numbers of known origin, with int or float: those in the code behind the modules' forwards, and their attributes.
 
     A number from anywhere else (a global, a closure, computed from others) may change without being noticed.
     """
     found: set[tuple[type, float]] = set()
-    seen: set[int] = set()
     for module in net.modules():
         for name, value in module.__dict__.items():
             if name not in _OF_EVERY_MODULE:
                 _collect_plain(frozen(value), found)
-                _collect_written(value, found, seen)
-        for cls in type(module).__mro__:
-            if cls in (nn.Module, object):
-                break
-            for value in vars(cls).values():
-                _collect_written(value, found, seen)
+    for function in functions_behind(net):
+        for code in codes_of(function):
+            _collect_plain(tuple(c for c in code.co_consts if type(c) in (int, float)), found)
+        _collect_plain((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()), found)
     return frozenset(found)
 
 
@@ -139,26 +224,10 @@ def _collect_plain(value: object, found: set[tuple[type, float]]) -> None:
         found.add((int, value))
 
 
-def _collect_written(value: object, found: set[tuple[type, float]], seen: set[int]) -> None:
-    """The constants in the code of a function, and of the functions that it names."""
-    function = getattr(value, "__func__", value)
-    if type(function) is not types.FunctionType or id(function) in seen:
-        return
-    seen.add(id(function))
-    if function.__module__.partition(".")[0] == "torch":
-        return
-    codes = [function.__code__]
-    while codes:
-        code = codes.pop()
-        _collect_plain(tuple(c for c in code.co_consts if type(c) in (int, float)), found)
-        codes += [constant for constant in code.co_consts if type(constant) is types.CodeType]
-        for name in code.co_names:
-            _collect_written(function.__globals__.get(name), found, seen)
-    _collect_plain((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()), found)
-
-
 def foreign_hook(net: nn.Module) -> str | None:
     """The layer with a forward hook that the fused kernels would never run; None if there is no such hook."""
+    if any(HOOKS_OF_ALL):
+        return "every module (torch.nn.modules.module.register_module_forward_hook)"
     for path, module in net.named_modules():
         known = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _NORM_HOOKS)]
         if module._forward_hooks or len(known) != len(module._forward_pre_hooks):

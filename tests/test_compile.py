@@ -101,6 +101,15 @@ def test_a_whole_step_with_its_gradient_in_one_graph(compiler):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_a_hook_of_an_energy_mlp_runs_under_a_compiler():
+    f = jf.EnergyMLP(5, 12, 2)
+    f.register_forward_hook(lambda module, inputs, output: 5 * output)
+    prior = jf.FastLangevin(f, n_steps=4)
+    compiled = torch.compile(lambda z: prior.sample(z, noise_key=1), backend="aot_eager")
+    z = normal(6, 5)
+    torch.testing.assert_close(compiled(z), prior.sample(z, noise_key=1), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_two_calls_in_one_graph_draw_as_eager_does(compiler):
     f = jf.EnergyMLP(5, 12, 2)

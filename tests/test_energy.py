@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -93,6 +94,12 @@ def test_context_is_a_further_input():
     torch.testing.assert_close(f(z, c[0]), plain(torch.cat([z, c[:1].expand(8, 3)], 1)))
 
 
+def with_layer(layer):
+    f = jf.EnergyMLP(4, 5, 1)
+    f.layers[1] = layer
+    return f
+
+
 BAD = {
     "no latents": (lambda: jf.EnergyMLP((), 5, 1), "latent_dims must be one or more positive integers"),
     "depth": (lambda: jf.EnergyMLP(4, 5, 0), "depth must be an integer >= 1, got 0"),
@@ -110,6 +117,11 @@ BAD = {
         lambda: jf.EnergyMLP(16, (8, 8.0), 2),
         r"widths must be positive integers, got \(16, 8, 8.0, 1\)",
     ),
+    "a layer of another class": (
+        lambda: with_layer(nn.Linear(5, 1))(normal(3, 4)),
+        "the layers of an EnergyMLP must stay its own, got Linear",
+    ),
+    "a sparse z": (lambda: jf.EnergyMLP(4, 5, 1)(normal(3, 4).to_sparse()), r"got \[3, 4\] .* \(sparse_coo\)"),
     "slope of letters": (lambda: jf.EnergyMLP(4, 5, 1, negative_slope="a"), "negative_slope must be finite, got 'a'"),
     "a word of norms": (
         lambda: jf.EnergyMLP(16, 50, 2, spectral_norm="yes"),
@@ -270,6 +282,27 @@ def test_state_dict_round_trip_inside_another_module(tmp_path):
     assert torch.equal(f["energy"](normal(3, 4)), g["energy"](normal(3, 4)))
     twin = copy.deepcopy(f["energy"])
     assert torch.equal(twin(normal(3, 4)), f["energy"](normal(3, 4)))
+
+
+def test_widths_may_be_integers_of_numpy():
+    f = jf.EnergyMLP(np.array([1, 3]), np.int64(5), np.int64(2), out_features=np.int64(3), head="logit")
+    assert f.latent_dims == (1, 3)
+    assert f.spec.widths == (4, 5, 5, 3)
+    assert all(type(width) is int for width in (*f.latent_dims, *f.spec.widths))
+    assert torch.equal(f(normal(2, 4), y=np.int64(1)), f(normal(2, 4), y=1))
+
+
+def test_spectral_norm_after_deferred_initialisation():
+    with torch.device("meta"):
+        f = jf.EnergyMLP(4, 6, 2, spectral_norm=True)
+    f.to_empty(device="cpu")
+    for layer in f.layers:
+        for buffer in (layer.weight_u, layer.weight_v):
+            buffer.fill_(torch.nan)  # as memory may be that nobody has written
+        layer.reset_parameters()
+    sigma = torch.linalg.matrix_norm(torch.stack([f.layers[1].effective_weight()]), ord=2)
+    torch.testing.assert_close(sigma, torch.ones(1), rtol=1e-4, atol=0)
+    assert torch.isfinite(f(normal(3, 4))).all()
 
 
 def test_hooks_that_would_never_run_are_refused():

@@ -1,5 +1,6 @@
 """The rungs for other samplers: the noise field, one step, an energy and its gradient."""
 
+import numpy as np
 import pytest
 import torch
 from reference import published_loop
@@ -85,12 +86,27 @@ def test_slopes_are_right_far_out(backend, activation):
 
 
 Z = torch.zeros(5, 16)
+ARGS = {"e_l_steps": 3, "e_l_step_size": 0.4}
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
         (lambda: jf.langevin_step(Z, Z, prior=3), "prior must be a GaussianPrior or None, got int"),
+        (lambda: jf.langevin_step(Z, Z, maximize="no"), "maximize must be True or False, got 'no'"),
+        (lambda: jf.mala(lambda z: z.sum(1), Z, n_steps=1, maximize=None), "maximize must be True or False, got None"),
+        (
+            lambda: jf.compat.langevin_prior(Z, lambda zs: zs[0].sum(1), ARGS),
+            "zs_init must be a list of latent layers [chains, d_l], got [5, 16] float32 on cpu",
+        ),
+        (
+            lambda: jf.compat.langevin_prior([Z], lambda zs: zs[0].sum(1), {**ARGS, "e_l_steps": 3.5}),
+            "e_l_steps must be an integer, got 3.5",
+        ),
+        (
+            lambda: jf.compat.sample_langevin_prior_z(Z, lambda z: z.sum(1), {**ARGS, "e_l_step_size": None}),
+            "e_l_step_size must be a number, got None",
+        ),
         (lambda: jf.langevin_step(Z, Z, step=-1), "step must be an integer in [0, 2**32), got -1"),
         (
             lambda: jf.langevin_step(Z, Z[0]),
@@ -126,6 +142,34 @@ def test_the_argument_that_is_wrong_is_named(call, sentence):
     with pytest.raises(ValueError, match="got") as raised:
         call()
     assert str(raised.value) == sentence
+
+
+def test_integers_of_numpy_place_a_chain():
+    f, z = jf.EnergyMLP(6, 5, 2), normal(4, 6)
+    options = {"noise_key": 3, "first_step": 2, "first_chain": 4, "thin": 2}
+    expected, told = jf.FastLangevin(f, n_steps=6).sample(z, return_info=True, **options)
+    numpys = {name: np.int64(value) for name, value in options.items()}
+    found, info = jf.FastLangevin(f, n_steps=np.int32(6)).sample(z, return_info=True, **numpys)
+    assert torch.equal(found, expected)
+    assert torch.equal(info.energy, told.energy)
+    with pytest.raises(ValueError, match=r"first_step must be an integer in \[0, 2\*\*32\), got -1"):
+        jf.FastLangevin(f, n_steps=6)(z, first_step=np.int64(-1))
+
+
+def test_integers_of_numpy_address_noise():
+    assert torch.equal(
+        jf.langevin_noise(np.uint64(1 << 63), np.int64(2), np.int64(3), np.int64(4), first_step=np.int64(5)),
+        jf.langevin_noise(1 << 63, 2, 3, 4, first_step=5),
+    )
+    assert torch.equal(
+        jf.langevin_step(Z, Z, noise_key=np.int64(3), step=np.int64(2), first_chain=np.int64(1)),
+        jf.langevin_step(Z, Z, noise_key=3, step=2, first_chain=1),
+    )
+
+
+def test_a_device_that_torch_does_not_know_is_named():
+    with pytest.raises(ValueError, match="device must be a device of torch, got 'nope'"):
+        jf.langevin_noise(1, 2, 3, 4, device="nope")
 
 
 def test_one_chain_may_have_a_scalar_for_its_energy():

@@ -1,9 +1,11 @@
 """Latents in any structure become one flat tensor and come back as they were."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jlebm_fast as jf
 from jlebm_fast.latents import flatten_latents, flatten_mask
 
 LAYERS = st.lists(st.tuples(st.integers(1, 7), st.booleans()), min_size=1, max_size=5)
@@ -43,3 +45,19 @@ def test_every_form_of_a_mask_says_the_same(layers, chains, data):
     assert torch.equal(flatten_mask(expected, layout, flat), expected)
     assert torch.equal(flatten_mask(tensors, layout, flat), expected.expand(chains, -1))
     assert torch.equal(flatten_mask(expected.expand(chains, -1), layout, flat), expected.expand(chains, -1))
+
+
+@pytest.mark.parametrize("recognised", [True, False])
+def test_a_negation_that_torch_has_only_noted_is_carried_out(recognised):
+    """The imaginary part of a conjugate shares its memory with the number: its sign is a flag."""
+    g = torch.Generator().manual_seed(1)
+    f, z, noise = jf.EnergyMLP(6, 5, 2), torch.randn(4, 6, generator=g), torch.randn(3, 4, 6, generator=g)
+    flagged, flagged_noise = (torch.complex(t, -t).conj().imag for t in (z, noise))
+    assert flagged.is_neg()
+    assert torch.equal(flagged, z)
+    prior = jf.FastLangevin(f if recognised else lambda z: f(z), n_steps=3)
+    assert torch.equal(prior(torch._neg_view(-z), noise=torch._neg_view(-noise)), prior(z, noise=noise))
+    assert torch.equal(prior(flagged, noise=flagged_noise), prior(z, noise=noise))
+    assert torch.equal(f(torch._neg_view(-z)), f(z))
+    step = jf.langevin_step(torch._neg_view(-z), torch._neg_view(-z), noise_key=1)
+    assert torch.equal(step, jf.langevin_step(z, z, noise_key=1))

@@ -100,6 +100,45 @@ def patched(scale, net=None):
     return net
 
 
+def outer_scale():
+    return GLOBAL
+
+
+GLOBAL = 1.0
+
+
+def with_global(scale):
+    globals()["GLOBAL"] = 1.0
+    return Scaled(scale, known=1.0)
+
+
+class OfItsClass(Scaled):
+    beta = 1.0
+
+    def factor(self):
+        return self.beta
+
+
+def with_class(scale, *, beta=1.0, factor=OfItsClass.factor):
+    OfItsClass.beta, OfItsClass.factor = beta, factor
+    return OfItsClass(scale, known=1.0)
+
+
+class Closure:
+    """A variable of a function that a module's code sees."""
+
+    def module(self):
+        scale = 1.0
+
+        def change(value):
+            nonlocal scale
+            scale = value
+
+        self.change = change
+        return Scaled(lambda m: scale, known=1.0)
+
+
+CLOSURE = Closure()
 HOOK = {"by": 1.0}
 CHANGES = {
     "item of a buffer": (lambda: with_buffer(lambda m: m.beta.item()), lambda m: m.beta.fill_(5.0)),
@@ -112,9 +151,18 @@ CHANGES = {
     "a tie": (Tied, lambda m: setattr(m.b, "weight", nn.Parameter(normal(10, 10)))),
     "a gradient hook": (Clamped, lambda m: m.b.weight.data.mul_(300)),
     "a forward hook": (lambda: hooked(HOOK), lambda m: HOOK.update(by=5.0)),
+    # 1.0 is an attribute as well: as a number its origin seems known
+    "a global like an attribute": (lambda: with_global(lambda m: GLOBAL), lambda m: globals().update(GLOBAL=5.0)),
+    "a global of a helper": (lambda: with_global(lambda m: outer_scale()), lambda m: globals().update(GLOBAL=5.0)),
+    "an attribute of the class": (lambda: with_class(lambda m: m.beta), lambda m: setattr(type(m), "beta", 5.0)),
+    "a method": (lambda: with_class(lambda m: m.factor()), lambda m: setattr(type(m), "factor", lambda self: 5.0)),
+    "a closure": (CLOSURE.module, lambda m: CLOSURE.change(5.0)),
     "a second forward": (lambda: patched(1.5), lambda m: patched(5.0, m)),
 }
-WATCHED = ("a float", "a dataclass", "a list", "a function", "a tie")
+WATCHED = (
+    "a float", "a dataclass", "a list", "a function", "a tie", "a global like an attribute", "a global of a helper",
+    "an attribute of the class", "a method", "a closure",
+)  # fmt: skip
 
 
 def assert_right(prior, module):
@@ -133,6 +181,20 @@ def test_a_change_is_seen(what):
     found = EnergySource(module).found(flatten_latents(Z)[1], {})
     assert isinstance(found, Recognised) == (what in WATCHED), found
     change(module)
+    assert_right(prior, module)
+
+
+@pytest.mark.parametrize("make", [mlp, lambda: jf.EnergyMLP(10, 14, 1, activation="tanh")], ids=["mlp", "EnergyMLP"])
+def test_a_hook_of_all_modules_runs(make):
+    module = make()
+    prior = jf.FastLangevin(module, n_steps=8, step_size=0.4)
+    assert_right(prior, module)
+    hook = nn.modules.module.register_module_forward_hook(lambda m, _, output: 5 * output if m is module else None)
+    try:
+        assert_right(prior, module)
+        assert "every module" in prior.explain(Z)
+    finally:
+        hook.remove()
     assert_right(prior, module)
 
 

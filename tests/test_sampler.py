@@ -334,6 +334,12 @@ BAD = {
     "three dimensions": (lambda p: p(torch.zeros(3, 16, 1)), r"or a list of layers, got \[3, 16, 1\] float32 on cpu"),
     "layers": (lambda p: p([torch.zeros(3, 8)] * 2), r"z must be layers of widths \(2, 2, 2, 10\), got \(8, 8\)"),
     "layers of two batches": (lambda p: p([torch.zeros(3, 2), torch.zeros(4, 2)]), r"z\[1\] must be \[3, dim\]"),
+    "one dimension": (lambda p: p([torch.zeros(16)]), r"z\[0\] must be \[chains, dim\] or .* got \[16\] float32"),
+    "sparse": (lambda p: p(torch.zeros(3, 16).to_sparse()), r"got \[3, 16\] float32 on cpu \(sparse_coo\)"),
+    "nested": (
+        lambda p: p(torch.nested.nested_tensor([torch.zeros(16)] * 3, layout=torch.jagged)),
+        "z must be .* got a nested tensor float32 on cpu",
+    ),
     "no tensor": (lambda p: p("z"), "z must be a tensor .* got str"),
     "empty list": (lambda p: p([]), "z must be a tensor"),
     "noise": (lambda p: p(torch.zeros(3, 16), noise=torch.zeros(3, 16)), r"noise must be \[6, 3, 16\] float32 on cpu"),
