@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import checkpoints, fused_energy
 from .checks import SUPPORTED_DTYPES, describe, dtype_name, is_dense, whole
 from .latents import LatentLayout, flatten_latents
+from .modes import capturing
 from .ops import check_spec
 from .problem import ACTIVATIONS, HEADS, MLP, MLPSpec
 from .spectral import iterated_vectors, normalised_weights, top_singulars
@@ -134,6 +135,13 @@ def _check_dims(latent_dims: object) -> tuple[int, ...]:
     if not dims or any(not isinstance(d, int) or d < 1 for d in dims):
         raise ValueError(f"latent_dims must be one or more positive integers, got {latent_dims!r}")
     return dims
+
+
+def _name_logits(y: Tensor, n_logits: int) -> bool:
+    """Whether every entry is a logit's number; believed while a CUDA graph is captured, which no value can leave."""
+    if y.numel() == 0 or (not torch.compiler.is_compiling() and capturing(y.device)):
+        return True
+    return int(y.min()) >= 0 and int(y.max()) < n_logits
 
 
 class EnergyMLP(nn.Module):
@@ -350,7 +358,7 @@ class EnergyMLP(nn.Module):
             or y.dtype != torch.int64
             or tuple(y.shape) != (chains,)
             or y.device != z.device
-            or (chains and not (int(y.min()) >= 0 and int(y.max()) < n_logits))
+            or not _name_logits(y, n_logits)
         ):
             raise ValueError(
                 f"y must be an int or int64 [{chains}] on {z.device} with entries in [0, {n_logits}), got "

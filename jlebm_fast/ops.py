@@ -110,6 +110,8 @@ def direct_noise(
         raise ValueError(f"dtype must be float32 or float64, got {dtype}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} cannot be used: torch.cuda.is_available() is False (`jlebm info`)")
+    if device.type == "cuda" and device.index is None:  # "cuda" is not equal to the device of a key on it
+        device = torch.device("cuda", torch.cuda.current_device())
     chosen = backends.choose("langevin_noise", backend, device=device, dtype=dtype)
     return chosen.langevin_noise(
         _key_for(chosen, noise_key, device),

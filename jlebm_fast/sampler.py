@@ -307,10 +307,10 @@ class FastLangevin:
         key = (flat.shape[1], flat.dtype, flat.device)
         known = self._constants.get(key)
         if known is None:
-            known = self._constants[key] = (
-                self._step_rows.to(flat.device, flat.dtype),
-                *((None, None) if self.prior is None else self.prior.terms(flat)),
-            )
+            # On a GPU the copy of the rows, last, waits for this stream: later calls, from other streams, may then read
+            # all of them at once.
+            prior = (None, None) if self.prior is None else self.prior.terms(flat)
+            known = self._constants[key] = (self._step_rows.to(flat.device, flat.dtype), *prior)
         elif self.prior is not None and (isinstance(self.prior.mean, Tensor) or isinstance(self.prior.std, Tensor)):
             return (known[0], *self.prior.terms(flat))
         return known

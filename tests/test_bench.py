@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from jlebm_fast import backends
-from jlebm_fast.bench import parity, report, rivals, sections, tables, timing, worker
+from jlebm_fast.bench import machine, parity, report, rivals, sections, tables, timing, worker
 from jlebm_fast.bench.cases import CASES, HS, LEBM, mlp_of
 from jlebm_fast.bench.sections import sampler_of
 from jlebm_fast.training.errors import RunError
@@ -27,6 +27,11 @@ def test_arithmetic_is_the_published_workload(name, megaflop):
 def test_spectrally_normalised_weights_have_norm_one():
     for weight in mlp_of(HS.network(), HS.spec).weights:
         assert torch.linalg.matrix_norm(weight.double(), 2) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_machine_without_git_is_described(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.describe()["commit"] is None
 
 
 SHORT = dataclasses.replace(HS, n_steps=5)

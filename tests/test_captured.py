@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import jlebm_fast as jf
-from jlebm_fast import rng
+from jlebm_fast import energy, rng
 from jlebm_fast import sampler as sampler_module
 from jlebm_fast.captured import CudaCapture, can_capture
 
@@ -191,6 +191,16 @@ def test_a_graph_of_the_caller_draws_its_key_on_the_device(monkeypatch):
     assert rng.noise_key_of(5, None, torch.device("cuda")) == 5
     assert isinstance(rng.noise_key_of(None, None, torch.device("cpu")), int)
     assert drawn == [torch.device("cuda")]
+
+
+def test_a_chosen_logit_is_not_looked_at_while_a_graph_is_captured(monkeypatch):
+    """A value that leaves the device breaks the capture; step 0 of a captured chain has looked at it."""
+    f = jf.EnergyMLP(4, 5, 1, out_features=3, head="logit")
+    z, y = normal(2, 4), torch.tensor([0, 3])
+    with pytest.raises(ValueError, match=r"entries in \[0, 3\)"):
+        f.mlp(z, y=y)
+    monkeypatch.setattr(energy, "capturing", lambda device: True)
+    assert torch.equal(f.mlp(z, y=y).logit, y)
 
 
 def test_keys_drawn_on_a_device_have_64_bits():

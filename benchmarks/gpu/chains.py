@@ -29,7 +29,7 @@ ALLOWED = {"fp32": 1e-5, "tf32": 3e-3, "bf16": 3e-2}
 # torch.compile takes 20 to 40 s for each shape
 COMPILED = {("HS", 100), ("LEBM", 100), ("LEBM", 10_000)}
 MOST_GRAPH_STEPS = 100  # a graph of the plain loop holds some 70 nodes for each step
-MOST_PLAIN_BYTES = 60e9  # of activations that autograd keeps
+MOST_PLAIN_SHARE = 0.75  # of the device's memory for the activations that autograd keeps
 
 
 def parity_error(case: Case, network: nn.Sequential, device: torch.device, backend: str, precision: str) -> float:
@@ -73,11 +73,17 @@ def maker_of(name: str, case: Case, network: nn.Sequential, z: Tensor) -> conten
     return makers[name](case, network, z)
 
 
-def why_not(name: str, case: Case, chains: int, left_s: float) -> str | None:
+def memory_of(device: torch.device) -> float:
+    """Bytes that one measurement may count on."""
+    return float(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 8e9
+
+
+def why_not(name: str, case: Case, chains: int, left_s: float, memory: float) -> str | None:
+    """left_s: seconds beside those that two runs of it would take."""
     if left_s < (60 if name == "compiled graph" else 8):
         return "no time left"
     kept = 4.0 * chains * (case.hidden * case.depth * 4 + case.dim * 8)
-    if name.startswith(("eager", "compiled")) and kept > MOST_PLAIN_BYTES:
+    if name.startswith(("eager", "compiled")) and kept > MOST_PLAIN_SHARE * memory:
         return "its activations do not fit"
     if name.startswith("eager") and case.n_steps > 1000 and chains > 1_000:
         return "takes too long"
@@ -105,12 +111,18 @@ class Bench:
                     self.write()
         return 0 if not any("error" in m for m in self.measurements) else 1
 
+    def expected_s(self, name: str, case: Case, chains: int) -> float:
+        """Seconds of one run, at most: in proportion to what it took with fewer chains; 0 where that is not known."""
+        known = [m for m in self.measurements if (m["case"], m["name"]) == (case.name, name) and "median_ms" in m]
+        return known[-1]["median_ms"] / 1e3 * chains / known[-1]["chains"] if known else 0.0
+
     def write(self) -> None:
         self.target.write_text(json.dumps({"parity": self.parity, "measurements": self.measurements}))
 
     def measured(self, name: str, case: Case, chains: int) -> dict:
         entry: dict = {"case": case.name, "chains": chains, "name": name, "flops": case.flops(chains)}
-        reason = why_not(name, case, chains, self.deadline - time.monotonic())
+        left = self.deadline - time.monotonic() - 2 * self.expected_s(name, case, chains)
+        reason = why_not(name, case, chains, left, memory_of(self.device))
         if reason is not None:
             return {**entry, "skipped": reason}
         # a failure of one contender is written down and costs no other: the only place where any exception is caught

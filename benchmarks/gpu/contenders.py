@@ -69,7 +69,12 @@ def replayed(chain: Run) -> Run:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         chain()
-    return graph.replay
+
+    def replay(_held: Run = chain) -> None:
+        # a graph holds addresses, not tensors: the chain's weights, starts and key live as long as its replays
+        graph.replay()
+
+    return replay
 
 
 def eager(case: Case, network: nn.Sequential, z: Tensor) -> Run:

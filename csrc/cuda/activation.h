@@ -189,8 +189,11 @@ JLEBM_DEVICE float apply_head(const MlpParams& mlp, const float* logits, int str
         return (top + logf(sum)) * scale;
     }
     case Head::kLogit: {
-        for (int j = 0; j < n; ++j) slope(j, j == chosen ? scale : 0.0f);
-        return logits[chosen * stride] * scale;
+        // a number that is no logit's makes its chain NaN: replays of a graph bring numbers that nobody has checked
+        const float nan = bits_float(0x7fc00000u);
+        const bool there = chosen >= 0 && chosen < n;
+        for (int j = 0; j < n; ++j) slope(j, !there ? nan : j == chosen ? scale : 0.0f);
+        return there ? logits[chosen * stride] * scale : nan;
     }
     default:
         slope(0, scale);

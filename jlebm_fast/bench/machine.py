@@ -30,13 +30,12 @@ def usable_cores() -> int:
 def commit() -> str | None:
     """The checkout's commit, with "+changes" if files differ from it; None outside a checkout."""
     here = pathlib.Path(__file__).resolve().parent
-    described = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        check=False,  # installed from a wheel, or without git: the version says enough
-    )
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
+    try:
+        # installed from a wheel, or without git: the version says enough
+        described = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
     return described.stdout.strip() or None if described.returncode == 0 else None
 
 

@@ -70,6 +70,21 @@ def test_head(host, head, n_logits, precision, resident):
     check(host, mlp, z, precision, plan=(resident,))
 
 
+def test_a_number_that_is_no_logits_makes_its_chain_nan(host):
+    """It must not be an address: who replays a graph may bring numbers that nobody has checked."""
+    mlp = make_mlp([10, 24, 3], "gelu", head="logit", chains=9, seed=3)
+    z = torch.randn(9, 10, generator=torch.Generator().manual_seed(4))
+    expected, expected_grad, _, _ = host.run_energy_grad(z, mlp, "fp32")
+    logit = mlp.logit.clone()
+    logit[2], logit[5], logit[7] = -1, 3, 1 << 40
+    energy, grad, _, _ = host.run_energy_grad(z, mlp._replace(logit=logit), "fp32")
+    bad = (logit < 0) | (logit >= 3)
+    assert energy[bad].isnan().all()
+    assert grad[bad].isnan().all()
+    assert torch.equal(energy[~bad], expected[~bad])
+    assert torch.equal(grad[~bad], expected_grad[~bad])
+
+
 # widths, activations, chains, precision, (resident, chain tiles, warps, groups), context
 SHAPES = [
     ([2, 200, 1], "gelu", 1, "fp32", (1, 1, 8, 1), False),

@@ -230,6 +230,7 @@ ENERGIES = {
 
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_replays_of_a_graph_draw_fresh_noise(chip, device_only, kind):
+    torch.manual_seed(0)
     energy = ENERGIES[kind]().cuda()
     sampler = jf.FastLangevin(energy, n_steps=5, backend="cuda")
     z, key = torch.zeros(100, 16, device="cuda"), torch.tensor([9], dtype=torch.int64, device="cuda")
@@ -272,6 +273,8 @@ def test_a_captured_call_without_a_key_draws_one_at_every_replay(chip, device_on
 @pytest.mark.parametrize("chains", [9, 100, 5000])
 def test_training_gradients(device_only, chains):
     """Forward and backward of EnergyMLP on the device, against float64."""
+    # of 60 seeds one gives a weight whose two largest singular values are so close that u and v are less well known
+    torch.manual_seed(0)
     f = jf.EnergyMLP((2, 2, 2, 10), 50, 4, spectral_norm=True).cuda()
     z = normal(chains, 16).cuda()
     value = f(z)
