@@ -11,6 +11,7 @@ After every section the JSON is written: benchmarks/results/gpu-<date>.json, and
     triton      the same tests for Triton, which compiles for a second or two in most of them: may end unfinished
     chains      the published problems against eager, torch.compile and the published loop (chains.py)
     sanitizer   compute-sanitizer on a small case, if it is there
+    races       its tool for missing barriers on the same case: only where --sections names it
 
 `--dry-run` goes through the same programs without a GPU: the kernels as built for the host, tiny sizes, no build.
 """
@@ -34,9 +35,13 @@ ROOT = HERE.parents[1]
 BACKEND_TESTS = [f"tests/test_{name}.py" for name in ("noise", "ops", "sampler", "registration")]
 TOTAL_S = 530  # of 9 minutes, with time to print
 # most seconds of each section; `chains` gets what is left beside the last one
-LIMITS_S = {"build": 180, "limits": 45, "tests": 90, "backends": 90, "energy": 30, "triton": 100, "sanitizer": 60}
+LIMITS_S = {
+    "build": 180, "limits": 45, "tests": 90, "backends": 90, "energy": 30, "triton": 100, "sanitizer": 60, "races": 300,
+}  # fmt: skip
+# torch and its libraries ask CUDA for what some drivers lack, and go on; our own launches raise
+SANITIZER = ["compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--tool"]
 # late without a fault of the code: under compute-sanitizer the import of torch alone may take longer than there is
-MAY_BE_LATE = ("triton", "sanitizer")
+MAY_BE_LATE = ("triton", "sanitizer", "races")
 
 
 class Report:
@@ -135,18 +140,15 @@ def main() -> int:
         "energy": python(str(HERE / "energy.py"), str(scratch / "energy.json"), *dry),
         "triton": [*pytest, *side_by_side, "tests/gpu/test_triton.py", *BACKEND_TESTS, "-k", "triton"],
         "chains": python(str(HERE / "chains.py"), str(scratch / "chains.json"), *dry),
-        "sanitizer": [
-            # torch and its libraries ask CUDA for what some drivers lack, and go on; our own launches raise
-            "compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no",
-            *python(str(HERE / "small_case.py"), *dry),
-        ],
-    }  # fmt: skip
+        "sanitizer": [*SANITIZER, "memcheck", *python(str(HERE / "small_case.py"), *dry)],
+        "races": [*SANITIZER, "racecheck", *python(str(HERE / "small_case.py"), *dry)],
+    }
     if options.dry_run:
         # the first needs no rehearsal, the others have no device
-        del commands["build"], commands["backends"], commands["triton"]
+        del commands["build"], commands["backends"], commands["triton"], commands["races"]
         commands["sanitizer"] = python(str(HERE / "small_case.py"), *dry)
     elif shutil.which("compute-sanitizer") is None:
-        del commands["sanitizer"]
+        del commands["sanitizer"], commands["races"]
         report.content["sections"]["sanitizer"] = {"status": "compute-sanitizer is not installed", "seconds": 0.0}
     failed = False
     for name, command in commands.items():
