@@ -5,11 +5,13 @@ After every section the JSON is written: benchmarks/results/gpu-<date>.json, and
 
     build       the package with the CUDA kernels of this card's architecture, --no-build-isolation --no-deps
     limits      what this card reaches: a large bf16 and fp32 matrix product, a large copy
-    tests       tests/gpu: parity in all precisions, noise, law, graphs, streams, fuzz
-    backends    the tests that run on every backend, on this card
+    tests       tests/gpu/test_cuda.py: parity in all precisions, noise, law, graphs, streams, fuzz
+    backends    the tests that run on every backend, for cuda and eager on this card
     energy      EnergyMLP's forward and backward beside plain torch (energy.py)
+    triton      the same tests for Triton, which compiles for a second or two in most of them: may end unfinished
     chains      the published problems against eager, torch.compile and the published loop (chains.py)
     sanitizer   compute-sanitizer on a small case, if it is there
+    races       its tool for missing barriers on the same case: only where --sections names it
 
 `--dry-run` goes through the same programs without a GPU: the kernels as built for the host, tiny sizes, no build.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import pathlib
@@ -32,7 +35,13 @@ ROOT = HERE.parents[1]
 BACKEND_TESTS = [f"tests/test_{name}.py" for name in ("noise", "ops", "sampler", "registration")]
 TOTAL_S = 530  # of 9 minutes, with time to print
 # most seconds of each section; `chains` gets what is left beside the last one
-LIMITS_S = {"build": 180, "limits": 45, "tests": 150, "backends": 90, "energy": 30, "sanitizer": 60}
+LIMITS_S = {
+    "build": 180, "limits": 45, "tests": 90, "backends": 90, "energy": 30, "triton": 100, "sanitizer": 60, "races": 300,
+}  # fmt: skip
+# torch and its libraries ask CUDA for what some drivers lack, and go on; our own launches raise
+SANITIZER = ["compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--tool"]
+# late without a fault of the code: under compute-sanitizer the import of torch alone may take longer than there is
+MAY_BE_LATE = ("triton", "sanitizer", "races")
 
 
 class Report:
@@ -104,7 +113,7 @@ def build_command() -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: host build of the kernels, tiny sizes")
-    parser.add_argument("--sections", default="build,limits,tests,backends,energy,chains,sanitizer")
+    parser.add_argument("--sections", default="build,limits,tests,backends,energy,triton,chains,sanitizer")
     options = parser.parse_args()
     began = time.monotonic()
     report = Report(options.dry_run)
@@ -122,24 +131,24 @@ def main() -> int:
         environment.setdefault("JLEBM_CUDA_ARCHS", f"{arch}-real")
     dry = ["--dry-run"] if options.dry_run else []
     pytest = python("-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider")
+    side_by_side = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     commands = {
         "build": build_command(),
         "limits": python(str(HERE / "limits.py"), str(scratch / "limits.json"), *dry),
-        "tests": [*pytest, "-m", "gpu", "tests/gpu"],
-        "backends": [*pytest, *BACKEND_TESTS, "-k", "cuda"],
+        "tests": [*pytest, "-m", "gpu", "tests/gpu/test_cuda.py"],
+        "backends": [*pytest, *BACKEND_TESTS, "-k", "cuda-cuda or eager-cuda"],
         "energy": python(str(HERE / "energy.py"), str(scratch / "energy.json"), *dry),
+        "triton": [*pytest, *side_by_side, "tests/gpu/test_triton.py", *BACKEND_TESTS, "-k", "triton"],
         "chains": python(str(HERE / "chains.py"), str(scratch / "chains.json"), *dry),
-        "sanitizer": [
-            # torch and its libraries ask CUDA for what some drivers lack, and go on; our own launches raise
-            "compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no",
-            *python(str(HERE / "small_case.py"), *dry),
-        ],
-    }  # fmt: skip
+        "sanitizer": [*SANITIZER, "memcheck", *python(str(HERE / "small_case.py"), *dry)],
+        "races": [*SANITIZER, "racecheck", *python(str(HERE / "small_case.py"), *dry)],
+    }
     if options.dry_run:
-        del commands["build"], commands["backends"]  # the first needs no rehearsal, the second has no device
+        # the first needs no rehearsal, the others have no device
+        del commands["build"], commands["backends"], commands["triton"], commands["races"]
         commands["sanitizer"] = python(str(HERE / "small_case.py"), *dry)
     elif shutil.which("compute-sanitizer") is None:
-        del commands["sanitizer"]
+        del commands["sanitizer"], commands["races"]
         report.content["sections"]["sanitizer"] = {"status": "compute-sanitizer is not installed", "seconds": 0.0}
     failed = False
     for name, command in commands.items():
@@ -156,9 +165,8 @@ def main() -> int:
             result["result"] = json.loads(answer.read_text())
         report.content["sections"][name] = result
         report.write()
-        # under compute-sanitizer the import of torch alone may take longer than there is
-        late_sanitizer = name == "sanitizer" and result["status"].startswith("stopped")
-        failed = failed or (result["status"] != "ok" and not late_sanitizer)
+        late = name in MAY_BE_LATE and result["status"] != "ok" and not result["status"].startswith("exit")
+        failed = failed or (result["status"] != "ok" and not late)
     sys.path[:0] = [str(ROOT), str(HERE)]
     from table import summary
 

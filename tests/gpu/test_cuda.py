@@ -270,12 +270,15 @@ def test_a_captured_call_without_a_key_draws_one_at_every_replay(chip, device_on
     assert torch.equal(runs[1], runs[3])
 
 
+@pytest.mark.parametrize("spectral_norm", [False, True])
 @pytest.mark.parametrize("chains", [9, 100, 5000])
-def test_training_gradients(device_only, chains):
+def test_training_gradients(device_only, chains, spectral_norm):
     """Forward and backward of EnergyMLP on the device, against float64."""
-    # of 60 seeds one gives a weight whose two largest singular values are so close that u and v are less well known
+    # through sigma = u W v a gradient inherits the error of u and v: their residual of 1e-4 over the relative gap
+    # between the two largest singular values, which differs from seed to seed
+    allowed = 5e-3 if spectral_norm else 1e-4
     torch.manual_seed(0)
-    f = jf.EnergyMLP((2, 2, 2, 10), 50, 4, spectral_norm=True).cuda()
+    f = jf.EnergyMLP((2, 2, 2, 10), 50, 4, spectral_norm=spectral_norm).cuda()
     z = normal(chains, 16).cuda()
     value = f(z)
     assert "_Energy" in type(value.grad_fn).__name__
@@ -283,7 +286,7 @@ def test_training_gradients(device_only, chains):
     double = copy.deepcopy(f).double()
     exact = torch.autograd.grad(double(z.double()).mean(), list(double.parameters()))
     for ours, oracle in zip(got, exact, strict=True):
-        assert (ours.double() - oracle).norm() <= 1e-4 * oracle.norm() + 1e-6
+        assert (ours.double() - oracle).norm() <= allowed * oracle.norm() + 1e-6
 
 
 def posterior(likelihood, **options):
@@ -353,6 +356,34 @@ def test_nothing_synchronises(chip, device_only, kind):
         sampler(z)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_key_on_the_device_is_read_there(device_only):
+    """Also where the device is called "cuda", without a number: nobody waits for the key."""
+    key = torch.tensor([5], dtype=torch.int64, device="cuda")
+    expected = jf.langevin_noise(5, 1, 3, 8, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = jf.langevin_noise(key, 1, 3, 8, device="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, expected)
+
+
+def test_constants_made_on_a_busy_stream_serve_another(device_only):
+    """A sampler keeps its coefficients and prior from the first call, whichever stream that is on."""
+    energy, z = jf.EnergyMLP(16, 50, 2).cuda(), torch.zeros(100, 16, device="cuda")
+    first, second = (jf.FastLangevin(energy, n_steps=5, prior=jf.GaussianPrior(0.5, 2.0)) for _ in range(2))
+    expected = first(z, noise_key=1)
+    torch.cuda.synchronize()
+    busy, other = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(busy):
+        torch.cuda._sleep(50_000_000)
+        second(z, noise_key=1)
+    with torch.cuda.stream(other):
+        got = second(z, noise_key=1)
+    torch.cuda.synchronize()
+    assert torch.equal(got, expected)
 
 
 def test_bad_input(device_only):
