@@ -53,32 +53,34 @@ class EnergyLinear(nn.Linear):
         return effective_weights((self,), keep_vectors=keep_vectors)[0]
 
 
-def _own(layer: EnergyLinear, name: str) -> Tensor | None:
-    """layer.weight or layer.bias, in the usual case without nn.Module's slow attribute access."""
-    found = layer._parameters.get(name) if type(layer) is EnergyLinear else None
-    return getattr(layer, name) if found is None else found
+def _own(layers: Sequence[EnergyLinear], name: str) -> list[Tensor | None]:
+    """weight or bias of each layer, in the usual case without nn.Module's slow attribute access."""
+    return [
+        layer._parameters[name] if type(layer) is EnergyLinear and name in layer._parameters else getattr(layer, name)
+        for layer in layers
+    ]
 
 
-def effective_weights(layers: Iterable[EnergyLinear], *, keep_vectors: bool = False) -> list[Tensor]:
+def effective_weights(layers: Sequence[EnergyLinear], *, keep_vectors: bool = False) -> list[Tensor]:
     """The weight of each layer as the energy uses it; all norms are converged in one go.
 
     keep_vectors writes the converged singular vectors into the layers' buffers.
     """
-    weights, normed = [], []
     for layer in layers:
         if not isinstance(layer, EnergyLinear):
             raise ValueError(
                 f"the layers of an EnergyMLP must stay its own, got {type(layer).__name__}; copy weights into them "
                 "(load_state_dict), or give FastLangevin a module of another class"
             )
+    weights, normed = _own(layers, "weight"), []
+    for place, layer in enumerate(layers):
         if layer._forward_pre_hooks or layer._forward_hooks:
             raise ValueError(
                 "a layer of an EnergyMLP carries a forward hook (an old-style norm, pruning), which its fused forward "
                 "never runs; use EnergyMLP(spectral_norm=True), or torch.nn.utils.parametrize"
             )
         if layer.spectral_norm:
-            normed.append((len(weights), layer))
-        weights.append(_own(layer, "weight"))
+            normed.append((place, layer))
     if not normed:
         return weights
     pairs = [(weights[place], layer._buffers["weight_u"]) for place, layer in normed]
@@ -300,7 +302,7 @@ class EnergyMLP(nn.Module):
 
     def _check_parameters(self) -> Tensor:
         """The first weight; its dtype is one that the operations take."""
-        weight = _own(self._modules["layers"]._modules["0"], "weight")
+        (weight,) = _own((self._modules["layers"]._modules["0"],), "weight")
         if weight.dtype not in SUPPORTED_DTYPES:
             raise ValueError(f"parameters of the energy must be float32 or float64, got {dtype_name(weight.dtype)}")
         return weight
@@ -319,7 +321,7 @@ class EnergyMLP(nn.Module):
         """
         layers = tuple(self._modules["layers"]._modules.values())  # without nn.Module's slow attribute access
         weights = effective_weights(layers, keep_vectors=keep_vectors)
-        biases = tuple([_own(layer, "bias") for layer in layers])
+        biases = tuple(_own(layers, "bias"))
         context_bias = None
         if self.context_dim:
             context_bias = F.linear(self._check_context(context, z), weights[0][:, self.spec.dim :])

@@ -98,7 +98,9 @@ def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...], name: str = "
         dims.append(shape[1])
     container = list if isinstance(z, list) else tuple
     if plain:
-        return torch.cat(z, dim=1).detach(), LatentLayout(container, tuple(dims), ((),) * len(dims))
+        flat = torch.cat(z, dim=1)
+        layout = LatentLayout(container, tuple(dims), ((),) * len(dims))
+        return (flat.detach() if flat.requires_grad else flat), layout
     layout = LatentLayout(container, tuple(dims), tuple([tuple(layer.shape[2:]) for layer in z]))
     return torch.cat([layer if layer.dim() == 2 else layer.flatten(1) for layer in z], dim=1).detach(), layout
 

@@ -7,6 +7,8 @@ import functools
 
 import torch
 
+_CPU = torch.device("cpu")  # equality with it is a third of the time of asking a device for its type
+
 
 class chain_mode:
     """Outside inference_mode (gradients of energies are taken inside a chain), autocast off: chains are float32.
@@ -18,21 +20,22 @@ class chain_mode:
     __slots__ = ("_device", "_gradients", "_others", "_was")
 
     def __init__(self, device: torch.device, *, gradients: bool = False) -> None:
-        self._device, self._gradients = device, gradients
+        self._device, self._gradients, self._others = device, gradients, None
 
     def __enter__(self) -> None:
-        if torch.compiler.is_compiling():  # the other two are modes of a compiled function's caller
-            inference = autocast = False
-        else:
-            inference, autocast = torch.is_inference_mode_enabled(), autocast_enabled(self._device)
-        self._others = contextlib.ExitStack() if inference or autocast else None
-        if inference:
-            self._others.enter_context(torch.inference_mode(False))
-        if autocast:
-            self._others.enter_context(torch.autocast(self._device.type, enabled=False))
+        # the other two are modes of a compiled function's caller
+        if not torch.compiler.is_compiling() and (_any_autocast() or torch.is_inference_mode_enabled()):
+            self._enter_others()
         self._was = torch.is_grad_enabled()
         if self._was != self._gradients:
             _set_grad_enabled(self._gradients)
+
+    def _enter_others(self) -> None:
+        self._others = contextlib.ExitStack()
+        if torch.is_inference_mode_enabled():
+            self._others.enter_context(torch.inference_mode(False))
+        if autocast_enabled(self._device):
+            self._others.enter_context(torch.autocast(self._device.type, enabled=False))
 
     def __exit__(self, *error: object) -> None:
         if self._was != self._gradients:
@@ -53,10 +56,10 @@ _has_autocast = functools.cache(torch.amp.autocast_mode.is_autocast_available)
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph records what is done on that device now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device != _CPU and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def device_of(z: object) -> torch.device:
     """The device of latents in any structure; the CPU for what is no latents and will be refused."""
     first = z[0] if isinstance(z, (list, tuple)) and z else z
-    return first.device if isinstance(first, torch.Tensor) else torch.device("cpu")
+    return first.device if isinstance(first, torch.Tensor) else _CPU

@@ -154,14 +154,29 @@ def direct_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Reco
     check_count("n_steps", n_steps)
     check_update(update, z, n_steps)
     check_thin(record.thin)
-    chosen = backends.choose(
-        "mlp_langevin_chain", backend, device=z.device, dtype=z.dtype, spec=mlp.spec, update=update
-    )
-    update = _update_for(chosen, update, z.device)
     if not _attached(z.device):
-        return chosen.mlp_langevin_chain(z.contiguous(), mlp, update, n_steps, record)
+        return _chosen_chain(z.contiguous(), mlp, update, n_steps, record, backend)
     with chain_mode(z.device):
-        return chosen.mlp_langevin_chain(z.contiguous(), mlp, update, n_steps, record)
+        return _chosen_chain(z.contiguous(), mlp, update, n_steps, record, backend)
+
+
+def sampler_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str) -> ChainResult:
+    """`mlp_langevin_chain` inside a `chain_mode` on a contiguous z and an update that were made from checked options:
+    what is left to check is what a user owns, the parameters and the counters.
+    """
+    if watched(z):
+        return registration().mlp_langevin_chain(z, mlp, update, n_steps, record, backend)
+    check_z(z, mlp.spec.dim)
+    check_mlp(mlp, z)
+    check_counter("first_step", update.first_step)
+    check_counter("first_chain", update.first_chain)
+    return _chosen_chain(z, mlp, update, n_steps, record, backend)
+
+
+def _chosen_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str) -> ChainResult:
+    device = z.device
+    chosen = backends.choose("mlp_langevin_chain", backend, device=device, dtype=z.dtype, spec=mlp.spec, update=update)
+    return chosen.mlp_langevin_chain(z, mlp, _update_for(chosen, update, device), n_steps, record)
 
 
 def _attached(device: torch.device) -> bool:
@@ -239,51 +254,58 @@ def check_spec(spec: MLPSpec) -> None:
 
 def check_mlp(mlp: MLP, z: Tensor) -> None:
     """Parameters that fit the spec and z."""
-    spec = mlp.spec
-    if len(mlp.weights) != spec.n_hidden + 1 or len(mlp.biases) != spec.n_hidden + 1:
-        raise ValueError(f"the MLP must have {spec.n_hidden + 1} weights and biases, got {len(mlp.weights)}")
+    spec, weights, biases, context_bias, logit = mlp
+    shapes = spec.weight_shapes
+    if len(weights) != len(shapes) or len(biases) != len(shapes):
+        raise ValueError(f"the MLP must have {len(shapes)} weights and biases, got {len(weights)}")
     dtype, device = z.dtype, z.device
-    for layer, (weight, bias, shape) in enumerate(zip(mlp.weights, mlp.biases, spec.weight_shapes)):
-        if weight.shape != shape or weight.dtype is not dtype or weight.device != device:
-            raise ValueError(
-                f"weight {layer} of the energy must be {list(shape)} {dtype_name(dtype)} on {device} like z, "
-                f"got {describe(weight)}"
-            )
-        if bias is not None and (bias.shape != shape[:1] or bias.dtype is not dtype or bias.device != device):
-            raise ValueError(
-                f"bias {layer} of the energy must be {[shape[0]]} {dtype_name(dtype)} on {device} like z, "
-                f"got {describe(bias)}"
-            )
-    if mlp.context_bias is not None:
-        check_like("context_bias", mlp.context_bias, ((z.shape[0], spec.widths[1]),), z)
-    if (mlp.logit is not None) != (spec.head == "logit"):
+    for weight, bias, shape, bias_shape in zip(weights, biases, shapes, spec.bias_shapes):
+        if (
+            weight.shape != shape
+            or weight.dtype is not dtype
+            or weight.device != device
+            or (bias is not None and (bias.shape != bias_shape or bias.dtype is not dtype or bias.device != device))
+        ):
+            _refuse_parameters(mlp, z)
+    if context_bias is not None:
+        check_like("context_bias", context_bias, ((z.shape[0], spec.widths[1]),), z)
+    if (logit is not None) != (spec.head == "logit"):
         raise ValueError("a chosen logit goes with head 'logit', and only with it")
-    if mlp.logit is not None and (
-        mlp.logit.dtype != torch.int64 or mlp.logit.shape != z.shape[:1] or mlp.logit.device != device
-    ):
-        raise ValueError(f"logit must be [{z.shape[0]}] int64 on {device}, got {describe(mlp.logit)}")
+    if logit is not None and (logit.dtype != torch.int64 or logit.shape != z.shape[:1] or logit.device != device):
+        raise ValueError(f"logit must be [{z.shape[0]}] int64 on {device}, got {describe(logit)}")
+
+
+def _refuse_parameters(mlp: MLP, z: Tensor) -> None:
+    """Name the first weight or bias that does not fit."""
+    for layer, (weight, bias, shape) in enumerate(zip(mlp.weights, mlp.biases, mlp.spec.weight_shapes)):
+        for name, tensor, expected in (("weight", weight, shape), ("bias", bias, shape[:1])):
+            if tensor is None or (tensor.shape == expected and tensor.dtype is z.dtype and tensor.device == z.device):
+                continue
+            raise ValueError(
+                f"{name} {layer} of the energy must be {list(expected)} {dtype_name(z.dtype)} on {z.device} like z, "
+                f"got {describe(tensor)}"
+            )
 
 
 def check_update(update: Update, z: Tensor, n_steps: int) -> None:
     """Coefficients, prior, mask, noise and counters that fit z."""
     chains, dim = z.shape
-    check_like("step_coefficients", update.step_coefficients, ((n_steps, 3),), z)
-    if update.chain_coefficients is not None:
-        check_like("chain_coefficients", update.chain_coefficients, ((chains, 3),), z)
-    if update.prior_mean is not None:
-        check_like("prior_mean", update.prior_mean, ((dim,), (chains, dim)), z)
-    if update.prior_precision is not None:
-        check_like("prior_precision", update.prior_precision, ((dim,), (chains, dim)), z)
-    if update.frozen is not None and (
-        update.frozen.dtype != torch.bool
-        or tuple(update.frozen.shape) not in ((dim,), (chains, dim))
-        or update.frozen.device != z.device
+    steps, per_chain, mean, precision, frozen, noise, noise_key, first_step, first_chain, extra_grad = update
+    check_like("step_coefficients", steps, ((n_steps, 3),), z)
+    if per_chain is not None:
+        check_like("chain_coefficients", per_chain, ((chains, 3),), z)
+    if mean is not None:
+        check_like("prior_mean", mean, ((dim,), (chains, dim)), z)
+    if precision is not None:
+        check_like("prior_precision", precision, ((dim,), (chains, dim)), z)
+    if frozen is not None and (
+        frozen.dtype != torch.bool or tuple(frozen.shape) not in ((dim,), (chains, dim)) or frozen.device != z.device
     ):
-        raise ValueError(f"mask must be bool [{dim}] or [{chains}, {dim}] on {z.device}, got {describe(update.frozen)}")
-    if update.noise is not None:
-        check_like("noise", update.noise, ((n_steps, chains, dim),), z)
-    if update.extra_grad is not None:
-        check_like("extra_grad", update.extra_grad, ((chains, dim),), z)
-    check_noise_key(update.noise_key)
-    check_counter("first_step", update.first_step)
-    check_counter("first_chain", update.first_chain)
+        raise ValueError(f"mask must be bool [{dim}] or [{chains}, {dim}] on {z.device}, got {describe(frozen)}")
+    if noise is not None:
+        check_like("noise", noise, ((n_steps, chains, dim),), z)
+    if extra_grad is not None:
+        check_like("extra_grad", extra_grad, ((chains, dim),), z)
+    check_noise_key(noise_key)
+    check_counter("first_step", first_step)
+    check_counter("first_chain", first_chain)

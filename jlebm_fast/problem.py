@@ -55,6 +55,16 @@ class MLPSpec:
         return tuple(zip(self.widths[1:], self.widths))
 
     @functools.cached_property
+    def bias_shapes(self) -> tuple[tuple[int], ...]:
+        """[out] of the L + 1 biases."""
+        return tuple((n_out,) for n_out in self.widths[1:])
+
+    @functools.cached_property
+    def widest(self) -> int:
+        """The largest of the widths."""
+        return max(self.widths)
+
+    @functools.cached_property
     def native_fields(self) -> tuple[tuple[int, ...], list[int], tuple[float, ...], int, float]:
         """What native kernels are told of it, in the order of `csrc/bindings_records.h`: names by their place above."""
         codes = [ACTIVATIONS.index(name) for name in self.activations]

@@ -298,9 +298,13 @@ class EnergySource:
     def net(self) -> nn.Module | Callable[..., Tensor]:
         """The module itself, out of wrappers that only distribute or compile it."""
         net = self.energy
-        while isinstance(net, _DISTRIBUTED) or hasattr(net, "_orig_mod"):
-            net = net._orig_mod if hasattr(net, "_orig_mod") else net.module
-        return net
+        while True:
+            if _is_compiled(net):
+                net = net._orig_mod
+            elif isinstance(net, _DISTRIBUTED):
+                net = net.module
+            else:
+                return net
 
     def name(self) -> str:
         return getattr(self.energy, "__name__", type(self.energy).__name__)
@@ -339,7 +343,7 @@ class EnergySource:
         Raises:
             ValueError: z, context or y does not fit the energy.
         """
-        net = self.net
+        net = self.energy if type(self.energy) is EnergyMLP else self.net
         if is_plain_energy_mlp(net):
             return self._energy_mlp(net, flat, layout, context, y, sign)
         found = self.found(layout, {"context": context, "y": y})
@@ -381,4 +385,12 @@ def is_plain_energy_mlp(net: object) -> bool:
     if net._forward_hooks or net._forward_pre_hooks or any(HOOKS_OF_ALL):
         return False
     # a parametrised layer is of a class of its own
-    return all(type(layer) is EnergyLinear for layer in net._modules["layers"]._modules.values())
+    return set(map(type, net._modules["layers"]._modules.values())) == {EnergyLinear}
+
+
+def _is_compiled(net: object) -> bool:
+    """Whether it is what torch.compile makes of a module."""
+    if getattr(type(net), "__getattr__", None) is nn.Module.__getattr__:
+        # the same question to the places that it looks into: saying that there is nothing costs it a microsecond
+        return "_orig_mod" in net._modules or "_orig_mod" in net.__dict__ or hasattr(type(net), "_orig_mod")
+    return hasattr(net, "_orig_mod")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -106,6 +105,10 @@ class FastLangevin:
             self, "_step_rows", torch.tensor(rows, dtype=torch.float64, device="cpu").view(self.n_steps, 3)
         )
         object.__setattr__(self, "_constants", {})
+        per_chain = isinstance(self.step_size, Tensor) or isinstance(self.noise_scale, Tensor)
+        object.__setattr__(self, "_per_chain", per_chain)
+        of_tensors = self.prior is not None and any(isinstance(v, Tensor) for v in (self.prior.mean, self.prior.std))
+        object.__setattr__(self, "_prior_of_tensors", of_tensors)
 
     def __call__(self, z: Latents, **options: Any) -> Latents | tuple[Latents, LangevinInfo]:
         """`sample(z, …)`."""
@@ -241,23 +244,25 @@ class FastLangevin:
         mlp = self._source.mlp(flat, layout, context, y, sign)
         if mlp is None:
             energy = stepwise.AnyEnergy(self._source.callable(), layout, context, y, sign)
-        if self.precision is None or flat.device.type == "cpu":
-            asked = contextlib.nullcontext()
-        else:
-            self._check_precision(flat, None if mlp is None else mlp.spec)
-            asked = precision.using(self.precision)
-        with asked:
+
+        def run() -> ChainResult:
             if mlp is None:
                 return stepwise.any_energy_chain(
                     flat, energy, likelihood, update, self.n_steps, record, self.backend,
                     capture_of(flat, self.n_steps, capture),
                 )  # fmt: skip
             if likelihood is None:
-                return ops.mlp_langevin_chain(flat, mlp, update, self.n_steps, record, backend=self.backend)
+                return ops.sampler_chain(flat, mlp, update, self.n_steps, record, self.backend)
             return stepwise.posterior_chain(
                 flat, mlp, likelihood, update, self.n_steps, record, self.backend,
                 capture_of(flat, self.n_steps, capture),
             )  # fmt: skip
+
+        if self.precision is None or flat.is_cpu:
+            return run()
+        self._check_precision(flat, None if mlp is None else mlp.spec)
+        with precision.using(self.precision):
+            return run()
 
     def _check_precision(self, flat: Tensor, spec: MLPSpec | None) -> None:
         """A precision other than torch's own can be had where the chosen backend multiplies the matrices itself."""
@@ -292,10 +297,10 @@ class FastLangevin:
         coefficients, mean, precision = self._constant_terms(flat)
         return Update(
             coefficients,
-            dynamics.chain_coefficients(self.step_size, self.noise_scale, flat),
+            dynamics.chain_coefficients(self.step_size, self.noise_scale, flat) if self._per_chain else None,
             mean,
             precision,
-            flatten_mask(mask, layout, flat),
+            None if mask is None else flatten_mask(mask, layout, flat),
             noise,
             noise_key_of(noise_key, generator, flat.device),
             whole(first_step),
@@ -311,7 +316,7 @@ class FastLangevin:
             # all of them at once.
             prior = (None, None) if self.prior is None else self.prior.terms(flat)
             known = self._constants[key] = (self._step_rows.to(flat.device, flat.dtype), *prior)
-        elif self.prior is not None and (isinstance(self.prior.mean, Tensor) or isinstance(self.prior.std, Tensor)):
+        elif self._prior_of_tensors:
             return (known[0], *self.prior.terms(flat))
         return known
 

@@ -61,7 +61,12 @@ def check_name(backend: str) -> str:
 
 def candidates(backend: str, device: torch.device) -> tuple[str, ...]:
     """The names to try, in order."""
-    return ORDER.get(device.type, ORDER_ELSEWHERE) if backend == "auto" else (check_name(backend),)
+    return _in_order(device) if backend == "auto" else (check_name(backend),)
+
+
+@functools.cache  # asking a device for its type costs more than all else here
+def _in_order(device: torch.device) -> tuple[str, ...]:
+    return ORDER.get(device.type, ORDER_ELSEWHERE)
 
 
 def choose(
