@@ -6,6 +6,7 @@ import contextlib
 import functools
 
 import torch
+from torch import Tensor
 
 _CPU = torch.device("cpu")  # equality with it is a third of the time of asking a device for its type
 
@@ -52,6 +53,19 @@ def autocast_enabled(device: torch.device) -> bool:
 _set_grad_enabled = torch._C._set_grad_enabled  # what torch.set_grad_enabled, a context manager, calls
 _any_autocast = torch._C._is_any_autocast_enabled  # a tenth of the time of asking for one device
 _has_autocast = functools.cache(torch.amp.autocast_mode.is_autocast_available)
+
+
+def watched(z: Tensor | None = None) -> bool:
+    """Whether somebody looks on: a compiler, a mode, a transform, or a tensor that is no plain one.
+
+    Then the registered operator is called (`registration.py`); else the kernels directly, which costs less.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (z is not None and type(z) is not Tensor and type(z) is not torch.nn.Parameter)
+    )
 
 
 def capturing(device: torch.device) -> bool:

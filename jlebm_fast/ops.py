@@ -12,24 +12,11 @@ from torch import Tensor
 
 from . import backends
 from .checks import SUPPORTED_DTYPES, check_like, describe, dtype_name
-from .modes import autocast_enabled, capturing, chain_mode
+from .modes import autocast_enabled, capturing, chain_mode, watched
 from .problem import ACTIVATIONS, HEADS, MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
 from .rng import COUNTER_RANGE, check_noise_key, key_number
 
 NOTHING = Record()
-
-
-def watched(z: Tensor | None = None) -> bool:
-    """Whether somebody looks on: a compiler, a mode, a transform, or a tensor that is no plain one.
-
-    Then the registered operator is called (`registration.py`); else the kernels directly, which costs less.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or (z is not None and type(z) is not Tensor and type(z) is not torch.nn.Parameter)
-    )
 
 
 def langevin_noise(

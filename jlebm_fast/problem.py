@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -130,6 +131,19 @@ class Update(NamedTuple):
             noise=None if self.noise is None else self.noise[step : step + 1],
             first_step=(self.first_step + step) % (1 << 32),
         )
+
+    def steps(self, n_steps: int) -> Iterator[Update]:
+        """`at_step` of all steps, one after the other; the rows are cut in one go."""
+        _, chains, mean, precision, frozen, noise, key, first_step, first_chain, extra_grad = self
+        rows = self.step_coefficients.split(1)
+        noises = (None,) * n_steps if noise is None else noise.split(1)
+        for k in range(n_steps):
+            step = (first_step + k) % (1 << 32)
+            yield Update(rows[k], chains, mean, precision, frozen, noises[k], key, step, first_chain, extra_grad)
+
+    def with_gradient(self, extra_grad: Tensor | None) -> Update:
+        """The update with another extra gradient."""
+        return Update(*self[:-1], extra_grad)
 
 
 class Record(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import describe, whole
-from .modes import capturing
+from .modes import capturing, watched
 
 KEY_RANGE = 1 << 64
 # steps and chains of the noise field are counted in 32 bits, and wrap
@@ -29,8 +29,24 @@ def draw_noise_key(generator: torch.Generator | None = None, device: torch.devic
             wanted = "cpu" if device.type == "cpu" else f"cpu or {device.type}"
             raise ValueError(f"generator must be a torch.Generator on {wanted}, got one on {source}")
     # torch.randint(0, 2**32, (2,)) by its parts, which cost half as much
-    low, high = torch.empty(2, dtype=torch.int64, device=source).random_(0, 1 << 32, generator=generator).tolist()
+    reusable = source == _CPU and not watched()
+    try:
+        words = _spare.pop() if reusable else torch.empty(2, dtype=torch.int64, device=source)
+    except IndexError:
+        words = _plain_words()
+    low, high = words.random_(0, 1 << 32, generator=generator).tolist()
+    if reusable:
+        _spare.append(words)
     return low | (high << 32)
+
+
+# memory that keys are drawn in: what is in use by a thread is not in the list
+_spare: list[Tensor] = []
+
+
+def _plain_words() -> Tensor:
+    with torch.inference_mode(False):  # what is made inside it could not be written outside
+        return torch.empty(2, dtype=torch.int64, device=_CPU)
 
 
 def draw_key_in_graph(generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from .checks import check_like, describe, whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .explanation import explain
 from .latents import LatentLayout, flatten_latents, flatten_mask
-from .modes import chain_mode, device_of
+from .modes import capturing, chain_mode, device_of, watched
 from .problem import ChainResult, MLPSpec, Record, Update
 from .recognition import EnergySource
 from .rng import noise_key_of
@@ -41,6 +42,18 @@ class LangevinInfo(NamedTuple):
     displacement: Tensor | None
     first_bad_step: Tensor | None
     trajectory: Tensor | None
+
+
+def _step_rows(
+    step_size: object, noise_scale: object, n_steps: int, prior: tuple[float, float] | None
+) -> tuple[Tensor, dict]:
+    """The step coefficients [n_steps, 3] in float64, and an empty store for what depends on device and dtype."""
+    rows = dynamics.step_coefficients(step_size, noise_scale, n_steps)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").view(n_steps, 3), {}
+
+
+# a loop that makes a sampler of the same numbers at every step (compat.py) makes their tensors once; nobody writes them
+_shared_step_rows = functools.lru_cache(maxsize=64)(_step_rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,15 +113,20 @@ class FastLangevin:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
         object.__setattr__(self, "_source", EnergySource(self.energy))
-        rows = dynamics.step_coefficients(self.step_size, self.noise_scale, self.n_steps)
-        object.__setattr__(
-            self, "_step_rows", torch.tensor(rows, dtype=torch.float64, device="cpu").view(self.n_steps, 3)
-        )
-        object.__setattr__(self, "_constants", {})
         per_chain = isinstance(self.step_size, Tensor) or isinstance(self.noise_scale, Tensor)
-        object.__setattr__(self, "_per_chain", per_chain)
         of_tensors = self.prior is not None and any(isinstance(v, Tensor) for v in (self.prior.mean, self.prior.std))
-        object.__setattr__(self, "_prior_of_tensors", of_tensors)
+        own = per_chain or of_tensors or watched() or torch.is_inference_mode_enabled()
+        prior = None if own or self.prior is None else (self.prior.mean, self.prior.std)
+        rows, constants = (_step_rows if own else _shared_step_rows)(
+            self.step_size, self.noise_scale, self.n_steps, prior
+        )
+        for name, value in (
+            ("_step_rows", rows),
+            ("_constants", constants),
+            ("_per_chain", per_chain),
+            ("_prior_of_tensors", of_tensors),
+        ):
+            object.__setattr__(self, name, value)
 
     def __call__(self, z: Latents, **options: Any) -> Latents | tuple[Latents, LangevinInfo]:
         """`sample(z, …)`."""
@@ -315,7 +333,10 @@ class FastLangevin:
             # On a GPU the copy of the rows, last, waits for this stream: later calls, from other streams, may then read
             # all of them at once.
             prior = (None, None) if self.prior is None else self.prior.terms(flat)
-            known = self._constants[key] = (self._step_rows.to(flat.device, flat.dtype), *prior)
+            known = (self._step_rows.to(flat.device, flat.dtype), *prior)
+            # what a mode or transform makes is not for other calls, and what a graph records has no values yet
+            if not watched(flat) and not capturing(flat.device):
+                self._constants[key] = known
         elif self._prior_of_tensors:
             return (known[0], *self.prior.terms(flat))
         return known

@@ -30,7 +30,11 @@ def _gradient(name: str, value: Tensor, z: Tensor) -> Tensor:
             f"{name} returned a tensor without a gradient in z; build it from z with differentiable operations "
             "(zero is z.sum(dim=1) * 0) and outside torch.no_grad()"
         )
-    (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+    if value.dim() == 1 and value.is_floating_point():
+        # the gradient of the sum, without a node for the sum
+        (grad,) = torch.autograd.grad(value, z, torch.ones_like(value), allow_unused=True)
+    else:
+        (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
     if grad is None:
         raise ValueError(f"the output of {name} does not depend on z")
     return grad.contiguous()
@@ -122,10 +126,11 @@ def _run(
     ops.check_update(update, z, n_steps)
     if capture is not None:
         return recorder.result(captured_chain(z, step, update, n_steps, recorder.keep, capture, backend))
-    for k in range(n_steps if z.shape[0] else 0):
-        one = step(z, update.at_step(k))
-        recorder.keep(k, one)
-        z = one.z
+    if z.shape[0]:
+        for k, now in enumerate(update.steps(n_steps)):
+            one = step(z, now)
+            recorder.keep(k, one)
+            z = one.z
     return recorder.result(z)
 
 
@@ -144,7 +149,7 @@ def any_energy_chain(
     def step(z: Tensor, update: Update) -> ChainResult:
         value, grad = energy(z)
         extra_grad = None if likelihood is None else likelihood(z)
-        moved = ops.langevin_step(z, grad, update._replace(extra_grad=extra_grad), backend=backend)
+        moved = ops.langevin_step(z, grad, update.with_gradient(extra_grad), backend=backend)
         if not record.diagnostics:
             return ChainResult(moved)
         total = grad if extra_grad is None else grad + extra_grad
@@ -169,6 +174,6 @@ def posterior_chain(
     one_step = Record(diagnostics=record.diagnostics)
 
     def step(z: Tensor, update: Update) -> ChainResult:
-        return ops.mlp_langevin_chain(z, mlp, update._replace(extra_grad=likelihood(z)), 1, one_step, backend=backend)
+        return ops.sampler_chain(z, mlp, update.with_gradient(likelihood(z)), 1, one_step, backend)
 
     return _run(z, step, update, n_steps, record, backend, capture)
