@@ -67,7 +67,7 @@ class _Layer:
 
     def bias(self) -> Tensor | None:
         """The bias of this moment."""
-        return None if self.bias_name is None else self.bias_owner()._parameters[self.bias_name].detach()
+        return None if self.bias_name is None else _apart(self.bias_owner()._parameters[self.bias_name])
 
     def original_and_start(self) -> tuple[Tensor, Tensor]:
         """Of a spectral norm: the weight [out, in] before it, and where its power iterations may start."""
@@ -111,7 +111,12 @@ def effective_weights(layers: Sequence[_Layer]) -> list[Tensor]:
         weights[i] = top.normalised
         if not capturing(top.u.device):
             layers[i].direction = top.u
-    return [(weight if weight.dim() == 2 else weight.flatten(1)).detach() for weight in weights]
+    return [_apart(weight if weight.dim() == 2 else weight.flatten(1)) for weight in weights]
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The tensor for use outside autograd: where autograd is off, as in a chain, itself."""
+    return tensor.detach() if torch.is_grad_enabled() else tensor
 
 
 def _plain_weight(layer: _Layer) -> Tensor | None:

@@ -136,14 +136,13 @@ def normalised_weights(pairs: Sequence[Pair]) -> list[Tensor]:
     """W / sigma of several weights, given as for `top_singulars`: what a chain needs, without the vectors."""
     if _native.unavailable_reason() is not None or not all(_fits_native(weight, u) for weight, u in pairs):
         return [top.normalised for top in top_singulars(pairs)]
-    floats, layers, normalised = 0, [], []
-    for weight, _ in pairs:
-        floats += sum(weight.shape)
-        normalised.append(torch.empty(weight.shape, **_HERE))
-    scratch = torch.empty(floats, **_HERE)
+    layers, normalised = [], []
+    shapes = [weight.shape for weight, _ in pairs]
+    scratch = torch.empty(sum(map(sum, shapes)), **_HERE)
     address = scratch.data_ptr()
-    for (weight, start), to in zip(pairs, normalised, strict=True):
-        n_out, n_in = weight.shape
+    for (weight, start), (n_out, n_in) in zip(pairs, shapes, strict=True):
+        to = torch.empty_like(weight)
+        normalised.append(to)
         v = address + 4 * n_out
         layers.append((n_out, n_in, weight.data_ptr(), start.data_ptr(), address, v, to.data_ptr()))
         address = v + 4 * n_in

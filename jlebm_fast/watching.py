@@ -30,10 +30,12 @@ class Guards:
     def __init__(self, net: nn.Module) -> None:
         self._classes, self._scalars, self._identities, self._lengths, self._shapes = [], [], [], [], []
         self._others, self._ties = [], []
+        self._forwards: dict[type, object] = {}
         owners: dict[int, tuple[dict, str]] = {}
         for module in net.modules():
             entries = module.__dict__
-            self._classes.append((weakref.ref(module), type(module), forward_of(type(module))))
+            self._classes.append((weakref.ref(module), type(module)))
+            self._forwards[type(module)] = forward_of(type(module))
             for holder in (entries, *(options_of(name, value) for name, value in entries.items())):
                 self._scalars += [(holder, name, v) for name, v in holder.items() if type(v) in _PLAIN]
             self._others += [
@@ -71,12 +73,18 @@ class Guards:
         for one, name, other, other_name in self._ties:
             if one.get(name) is not other.get(other_name):
                 return False
-        return all(type(ref()) is cls and forward_of(cls) == forward for ref, cls, forward in self._classes)
+        for ref, cls in self._classes:
+            if type(ref()) is not cls:
+                return False
+        return all(forward_of(cls) is forward for cls, forward in self._forwards.items())
 
 
-def forward_of(cls: type) -> int:
-    """Identity of the forward that instances of a module class run."""
-    return next(id(vars(base)["forward"]) for base in cls.__mro__ if "forward" in vars(base))
+def forward_of(cls: type) -> object:
+    """The forward that instances of a module class run, as it stands in the class."""
+    forward = cls.forward
+    if type(forward) is types.FunctionType:  # found as it stands, by a search that Python remembers
+        return forward
+    return next(vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base))
 
 
 def shape_of(parameter: nn.Parameter | None) -> torch.Size | None:

@@ -94,3 +94,38 @@ def test_parameters_that_no_longer_fit_are_refused():
     prior.energy.double()
     with pytest.raises(ValueError, match=r"z must be \[chains, 16\] float64 on cpu, got \[12, 16\] float32 on cpu"):
         prior(z)
+
+
+@pytest.mark.parametrize("change", ["a class's forward", "a base's forward", "a static forward"])
+def test_a_forward_written_into_a_class_is_seen(change):
+    class Base(nn.Sequential):
+        pass
+
+    class Energy(Base):
+        pass
+
+    torch.manual_seed(11)
+    net, z, noise = Energy(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1)), normal(12, 16), normal(6, 12, 16, seed=12)
+    prior = jf.FastLangevin(net, n_steps=6)
+    assert "path      mlp_langevin_chain" in prior.explain(z)
+
+    def halved(self, z):
+        return 0.5 * nn.Sequential.forward(self, z)
+
+    prior(z, noise=noise)
+    if change == "a static forward":
+        Energy.forward = staticmethod(lambda z: halved(net, z))
+    else:
+        (Energy if change == "a class's forward" else Base).forward = halved
+    after = prior(z, noise=noise)
+    assert (after.double() - published_loop(net.double(), z.double(), 0.4, noise.double())).abs().max() < 2e-5
+
+
+def test_tensors_of_a_configuration_are_copied():
+    f, z = jf.EnergyMLP(16, 20, 2), normal(12, 16)
+    step_size, std = torch.full((12,), 0.3), torch.full((16,), 2.0)
+    prior = jf.FastLangevin(f, n_steps=6, step_size=step_size, prior=jf.GaussianPrior(std=std))
+    before = prior(z, noise_key=1)
+    step_size.mul_(2)
+    std.mul_(2)
+    assert torch.equal(prior(z, noise_key=1), before)
