@@ -51,7 +51,8 @@ def recorded_run(out: pathlib.Path, images: pathlib.Path) -> dict:
 
         TrainingStep.prior_start, TrainingStep.prior_end = noted_start, noted_end
         try:
-            folder = train(out / kind, run_options(images, chains=kind, replay_batches=2))
+            buffer = {"replay_batches": 2} if kind == "persistent" else {}
+            folder = train(out / kind, run_options(images, chains=kind, **buffer))
         finally:
             TrainingStep.prior_start, TrainingStep.prior_end = start, end
         record["checkpoint"] = load_checkpoint(folder.checkpoint) if os.environ.get("RANK", "0") == "0" else None
