@@ -194,7 +194,8 @@ def sample_langevin_prior_z(
         prior=GaussianPrior(std=_number(args, "e_prior_sig", 1.0)),
         maximize=False,
     )
-    z, info = sampler.sample(z, return_info=True)
+    # what stays unsaid need not be recorded: of the norms only the last one goes to the caller
+    z, info = sampler.sample(z, return_info=True, thin=1 if verbose else max(1, n_steps))
     if verbose:
         _report(info, n_steps, print)
     return z, info.grad_norm[-1].mean() if n_steps else z.new_tensor(math.nan)
