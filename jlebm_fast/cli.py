@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .status import print_versions
-from .training.errors import FAILURE, INTERRUPTED, USAGE_ERROR, RunError
+from .training.errors import FAILURE, INTERRUPTED, PIPE_CLOSED, USAGE_ERROR, RunError
 
 if TYPE_CHECKING:
     from .training.options import TrainOptions
@@ -25,8 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `jlebm` with `arguments` (default: the process's) and returns its exit code.
 
     0: done. 1: the command failed, one sentence on stderr says why. 2: the arguments are wrong. 130: interrupted.
+    141: whoever read the output has closed the pipe (`jlebm info | head -1`), which nothing needs to be said of.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _main(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe can be answered, and not when Python ends
+        return code
+    except BrokenPipeError:
+        # what is still to be written has nowhere to go: Python's own flush at its end shall not complain of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _ended(PIPE_CLOSED)
+
+
+def _main(arguments: list[str]) -> int:
     try:
         import tyro  # noqa: F401
     except ModuleNotFoundError as error:
@@ -42,10 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         # what all ranks of a run end with is said by one of them
         return _ended(FAILURE if error.shared and os.environ.get("RANK", "0") != "0" else _fail(str(error)))
+    except BrokenPipeError as error:
+        if _reader_left():
+            raise
+        return _fail(error.strerror)
     except OSError as error:  # a full disk, a folder without permission: nothing to learn from a traceback
         return _fail(f"{error.strerror or error}" + (f': "{error.filename}"' if error.filename else ""))
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
+
+
+def _reader_left() -> bool:
+    """Whether a broken pipe is that of the standard output, which then breaks again, and not a connection's."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _ended(code: int) -> int:

@@ -1,6 +1,6 @@
 """The errors that a user can act on; the command line prints them as one sentence, without a traceback."""
 
-USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
+USAGE_ERROR, FAILURE, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141  # exit codes; from 128 on a signal's number is in it
 
 
 class RunError(Exception):

@@ -49,6 +49,18 @@ def test_help_lists_commands_and_defaults(jlebm):
         assert words in options.stdout
 
 
+@pytest.mark.parametrize("arguments", [["info"], ["train", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_hears_no_complaint(arguments, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "jlebm_fast", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (141, "")
+
+
 def test_a_run_can_be_sampled_and_shown(jlebm, trained):
     sampled = jlebm("sample", trained, "-n", "1234")
     assert sampled.returncode == 0, sampled.stderr
