@@ -138,6 +138,9 @@ def _run(arguments: list[str]) -> int:
         if not dataclasses.is_dataclass(command):
             return int(command)
         _require_unchanged(saved.training, command.training)
+        _require_one_length(saved.training, command.training)
+    elif arguments[0] == "train":
+        _require_one_length(type(command.training)(), command.training)
     if arguments[0] != "train":
         require_one_process(arguments[0])
     return command.execute()
@@ -169,6 +172,11 @@ def _saved_options(run: pathlib.Path) -> TrainOptions:
     from .training.run_folder import RunFolder
 
     return RunFolder(run).read_config().options
+
+
+def _require_one_length(before: TrainOptions, given: TrainOptions) -> None:
+    if given.epochs and given.steps != before.steps:
+        raise RunError(f"--steps does nothing with --epochs {given.epochs}: leave it out, or say --epochs 0")
 
 
 def _require_unchanged(saved: TrainOptions, given: TrainOptions) -> None:

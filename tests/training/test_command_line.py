@@ -61,6 +61,18 @@ def test_a_reader_that_leaves_hears_no_complaint(arguments, unbuffered):
     assert (process.returncode, process.stderr) == (141, "")
 
 
+def test_a_run_has_one_length(jlebm, folder_of_shapes, tmp_path):
+    common = ["train", tmp_path / "run", "--data", folder_of_shapes, "--no-figures", *TINY]
+    both = "--steps does nothing with --epochs 1: leave it out, or say --epochs 0"
+    assert_one_sentence(jlebm(*common, "--epochs", "1", "--steps", "3"), both, (1,))
+    assert jlebm(*common, "--epochs", "1").returncode == 0
+    assert_one_sentence(jlebm(*common, "--resume", "--steps", "50"), both, (1,))
+    longer = jlebm(*common, "--resume", "--epochs", "0", "--steps", "50")
+    assert longer.returncode == 0, longer.stderr
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 50
+
+
 def test_a_run_can_be_sampled_and_shown(jlebm, trained):
     sampled = jlebm("sample", trained, "-n", "1234")
     assert sampled.returncode == 0, sampled.stderr
