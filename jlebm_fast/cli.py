@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: the command failed, one sentence on stderr says why. 2: the arguments are wrong. 130: interrupted.
     141: whoever read the output has closed the pipe (`jlebm info | head -1`), which nothing needs to be said of.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ∝ and Fréchet's é shows ? in their place
     try:
         code = _main(list(sys.argv[1:] if arguments is None else arguments))
         if sys.stdout is not None:
@@ -124,7 +127,7 @@ def _run(arguments: list[str]) -> int:
         if default is not None:
             return tyro.cli(type(default), args=arguments[1:], prog="jlebm train", default=default, config=config)
         return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="jlebm", description=__doc__.strip(), args=arguments, config=config
+            COMMANDS, prog="jlebm", description=(__doc__ or "").strip(), args=arguments, config=config
         )
 
     config = (tyro.conf.OmitArgPrefixes,)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .errors import ImageError
 from .progress import progress_bar
@@ -78,6 +78,8 @@ def _open(origin: str, content: Any) -> Image.Image:
             return image.convert("L" if image.mode in GREY_MODES else "RGB")
     except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # names a file once more, or an object of Python's
+            reason = "its content is in no image format that Pillow knows"
         raise ImageError(f"cannot read image {origin}: {reason}") from error
 
 

@@ -61,6 +61,14 @@ def test_a_reader_that_leaves_hears_no_complaint(arguments, unbuffered):
     assert (process.returncode, process.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("setting", [("PYTHONOPTIMIZE", "2"), ("PYTHONIOENCODING", "ascii")])
+def test_help_whatever_python_and_terminal_are_set_to(setting):
+    command = [sys.executable, "-m", "jlebm_fast", "train", "--help"]
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict([setting]))
+    assert process.returncode == 0, process.stderr
+    assert "--latent-dims" in process.stdout
+
+
 def test_a_run_has_one_length(jlebm, folder_of_shapes, tmp_path):
     common = ["train", tmp_path / "run", "--data", folder_of_shapes, "--no-figures", *TINY]
     both = "--steps does nothing with --epochs 1: leave it out, or say --epochs 0"
