@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,8 +64,24 @@ def _main(arguments: list[str]) -> int:
         return _fail(error.strerror)
     except OSError as error:  # a full disk, a folder without permission: nothing to learn from a traceback
         return _fail(f"{error.strerror or error}" + (f': "{error.filename}"' if error.filename else ""))
+    except (MemoryError, RuntimeError) as error:
+        wanted = _memory_wanted(error)
+        if wanted is None:
+            raise
+        return _fail(f"out of memory{wanted}: ask for fewer samples, smaller batches, or a smaller model")
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
+
+
+def _memory_wanted(error: MemoryError | RuntimeError) -> str | None:
+    """ ", 8000 bytes were wanted" where the error says so; None for an error that is not of memory. On the CPU torch
+    raises one with no class of its own."""
+    import torch
+
+    found = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not (found and "memory" in str(error)):
+        return None
+    return f", {found[1]} were wanted" if found else ""
 
 
 def _reader_left() -> bool:

@@ -14,7 +14,7 @@ from jlebm_fast.experiments.command import Reproduce
 from jlebm_fast.status import print_versions
 
 from .errors import RunError
-from .options import TrainOptions
+from .options import TrainOptions, require_seed
 from .run_folder import RunFolder
 
 Run = tyro.conf.Positional[pathlib.Path]
@@ -58,8 +58,17 @@ class Train:
         return 0
 
 
+class _Seeded:
+    """A command whose --seed is checked where it is parsed, as that of a training run is."""
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        require_seed(self.seed)
+
+
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(_Seeded):
     """Draw images from a run's prior, all in one call."""
 
     run: Run
@@ -87,7 +96,7 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
-class Figures:
+class Figures(_Seeded):
     """Draw a run's figures anew: samples, reconstructions, layers, traverse, long chain, learning curves."""
 
     run: Run
@@ -105,7 +114,7 @@ class Figures:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate:
+class Evaluate(_Seeded):
     """Measure a run: Fréchet distances of samples to held-out images, reconstruction error, mixing of long prior chains
     (ESS, R-hat), their bias against exact ones (MALA), energies of posterior and prior; table, JSON and figures."""
 

@@ -169,7 +169,7 @@ class TrainOptions:
         self._require("ema_decay", "in [0, 1)", 0 <= self.ema_decay < 1)
         self._require("replay_batches", "a positive integer", self.replay_batches >= 1)
         self._require("refresh_fraction", "in [0, 1]", 0 <= self.refresh_fraction <= 1)
-        self._require("seed", "between 0 and 2^63 - 1", 0 <= self.seed < 2**63)
+        require_seed(self.seed)
         self._require(
             "latent_dims", "one or more positive integers", bool(self.latent_dims) and min(self.latent_dims) > 0
         )
@@ -229,3 +229,12 @@ class TrainOptions:
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.epochs * steps_per_epoch if self.epochs else self.steps
+
+
+def require_seed(seed: int) -> None:
+    """
+    Raises:
+        RunError: no seed of torch's generators, which take negative ones for others.
+    """
+    if not 0 <= seed < 2**63:
+        raise RunError(f"--seed must be between 0 and 2^63 - 1, got {seed}")

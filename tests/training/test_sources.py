@@ -168,7 +168,8 @@ def test_other_bad_sources_are_named(tmp_path):
 def test_a_broken_image_inside_parquet_is_named(tmp_path):
     rows = [png(shape_pixels(0)), b"junk", png(shape_pixels(1))]
     datasets.Dataset.from_dict({"image": rows}).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ImageError, match=r"cannot read image row 1 of .*train.parquet: its content is in no image format"):
+    words = r"cannot read image row 1 of .*train.parquet: its content is in no image format"
+    with pytest.raises(ImageError, match=words):
         load_images(str(tmp_path))
 
 
