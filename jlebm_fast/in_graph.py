@@ -37,7 +37,7 @@ def sample(sampler: FastLangevin, z: Any, options: dict[str, Any]) -> Any:
         record = Record(options["return_info"], options["return_trajectory"], options["thin"])
         update = _update(sampler, flat, layout, options)
         result = registration.mlp_langevin_chain(
-            flat, mlp, update, sampler.n_steps, record, sampler.backend, sampler.precision
+            flat, mlp, update, sampler.n_steps, record, sampler.backend, sampler.precision, negated=not sampler.maximize
         )
         return sampler._answer(result, result.z, layout, record)
 
@@ -90,13 +90,7 @@ def mlp_of(
         mlp = _read(net, *known)
     else:
         return None
-    if sampler.maximize:
-        return mlp
-    return MLP(_negated(mlp.spec), mlp.weights, mlp.biases, mlp.context_bias, mlp.logit)
-
-
-def _negated(spec: MLPSpec) -> MLPSpec:
-    return MLPSpec(spec.widths, spec.activations, spec.activation_params, spec.head, -spec.out_scale)
+    return mlp
 
 
 def _read(net: nn.Module, spec: MLPSpec, columns: tuple[int, ...] | None, sites: tuple) -> MLP:

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends
 from .checks import SUPPORTED_DTYPES, check_like, describe, dtype_name
@@ -17,6 +18,7 @@ from .problem import ACTIVATIONS, HEADS, MAX_HIDDEN_LAYERS, MLP, ChainResult, ML
 from .rng import COUNTER_RANGE, check_noise_key, key_number
 
 NOTHING = Record()
+_CPU = torch.device("cpu")  # equality with it costs a third of asking a device for its type
 
 
 def langevin_noise(
@@ -48,7 +50,7 @@ def langevin_step(z: Tensor, grad: Tensor, update: Update, *, backend: str = "au
 
 def mlp_energy_grad(z: Tensor, mlp: MLP, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """f [chains] and its gradient [chains, dim] of an MLP; differentiable in z, weights, biases and context_bias."""
-    if watched(z) or (torch.is_grad_enabled() and _requires_grad(z, mlp)):
+    if watched(z) or (torch.is_grad_enabled() and (forward_ad._current_level >= 0 or _requires_grad(z, mlp))):
         return registration().mlp_energy_grad(z, mlp, backend)
     return direct_energy_grad(z, mlp, backend)
 
@@ -89,16 +91,16 @@ def direct_noise(
     backend: str,
 ) -> Tensor:
     check_noise_key(noise_key)
-    for name, value in (("n_steps", n_steps), ("chains", chains), ("dim", dim)):
-        check_count(name, value)
-    for name, value in (("first_step", first_step), ("first_chain", first_chain), ("stream", stream)):
-        check_counter(name, value)
+    check_count("n_steps", n_steps)
+    check_count("chains", chains)
+    check_count("dim", dim)
+    check_counter("first_step", first_step)
+    check_counter("first_chain", first_chain)
+    check_counter("stream", stream)
     if dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"dtype must be float32 or float64, got {dtype}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} cannot be used: torch.cuda.is_available() is False (`jlebm info`)")
-    if device.type == "cuda" and device.index is None:  # "cuda" is not equal to the device of a key on it
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device != _CPU and device.type == "cuda":
+        device = _usable_cuda(device)
     chosen = backends.choose("langevin_noise", backend, device=device, dtype=dtype)
     return chosen.langevin_noise(
         _key_for(chosen, noise_key, device),
@@ -111,6 +113,13 @@ def direct_noise(
         device=device,
         dtype=dtype,
     )
+
+
+def _usable_cuda(device: torch.device) -> torch.device:
+    """The device with its number: "cuda" is not equal to the device of a key on it."""
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} cannot be used: torch.cuda.is_available() is False (`jlebm info`)")
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
 
 def direct_step(z: Tensor, grad: Tensor, update: Update, backend: str) -> Tensor:
@@ -126,13 +135,18 @@ def direct_step(z: Tensor, grad: Tensor, update: Update, backend: str) -> Tensor
 
 
 def direct_energy_grad(z: Tensor, mlp: MLP, backend: str) -> tuple[Tensor, Tensor]:
-    check_z(z, mlp.spec.dim)
-    check_mlp(mlp, z)
-    chosen = backends.choose("mlp_energy_grad", backend, device=z.device, dtype=z.dtype, spec=mlp.spec)
+    chosen = backend_of_energy_grad(z, mlp, backend)
     if not _attached(z.device):
         return chosen.mlp_energy_grad(z.contiguous(), mlp)
     with chain_mode(z.device):
         return chosen.mlp_energy_grad(z.contiguous(), mlp)
+
+
+def backend_of_energy_grad(z: Tensor, mlp: MLP, backend: str) -> ModuleType:
+    """The backend that serves the call, after the checks."""
+    check_z(z, mlp.spec.dim)
+    check_mlp(mlp, z)
+    return backends.choose("mlp_energy_grad", backend, device=z.device, dtype=z.dtype, spec=mlp.spec)
 
 
 def direct_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str) -> ChainResult:
@@ -175,7 +189,7 @@ def _key_for(chosen: ModuleType, noise_key: int | Tensor, device: torch.device) 
     """The key as the backend reads it: from memory of its own device where it says so, with READS_KEY_TENSORS."""
     if not isinstance(noise_key, Tensor):
         return noise_key
-    if device.type != "cpu" and noise_key.device == device and getattr(chosen, "READS_KEY_TENSORS", False):
+    if noise_key.device != _CPU and noise_key.device == device and getattr(chosen, "READS_KEY_TENSORS", False):
         return noise_key
     if capturing(noise_key.device):
         raise ValueError(

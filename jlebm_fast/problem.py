@@ -30,6 +30,7 @@ class MLPSpec:
     head                from `HEADS`; identity, tanh, sigmoid and softplus take J = 1;
                         logsumexp takes J >= 1; logit picks one logit per chain
     out_scale           f = out_scale * head(logits)
+    text                all but out_scale in one word per layer, as registered operators take it
     """
 
     widths: tuple[int, ...]
@@ -37,6 +38,34 @@ class MLPSpec:
     activation_params: tuple[float, ...]
     head: str = "identity"
     out_scale: float = 1.0
+    # made with the record, not when first asked for: a compiler then reads it as the constant it is
+    text: str = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        layers = [f"{name}:{float(value)!r}" for name, value in zip(self.activations, self.activation_params)]
+        object.__setattr__(self, "text", " ".join(["-".join(map(str, self.widths)), *layers, self.head]))
+
+    @staticmethod
+    def of_text(text: str, out_scale: float) -> MLPSpec:
+        """The spec with that `text`.
+
+        >>> MLPSpec.of_text("16-50-1 leaky_relu:0.2 identity", 1.0) == MLPSpec((16, 50, 1), ("leaky_relu",), (0.2,))
+        True
+
+        Raises:
+            ValueError: the text is no spec.
+        """
+        try:
+            widths, *layers, head = text.split()
+            if ":" in head:
+                raise ValueError(head)
+            names, values = zip(*[layer.split(":") for layer in layers])
+            return MLPSpec(tuple(map(int, widths.split("-"))), names, tuple(map(float, values)), head, out_scale)
+        except ValueError:
+            raise ValueError(
+                "spec must be widths, activation:parameter of each hidden layer and head, as in "
+                f"'16-50-1 leaky_relu:0.2 identity', got {text!r}"
+            ) from None
 
     @property
     def dim(self) -> int:

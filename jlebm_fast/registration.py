@@ -17,8 +17,12 @@ because `torch.library.custom_op` adds several microseconds to every call.
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, precision, rng
 from .backends import eager
@@ -27,10 +31,8 @@ from .spectral import top_singulars
 
 NAMESPACE = "jlebm_fast"
 
-_MLP = (
-    "Tensor[] weights, Tensor?[] biases, Tensor? context_bias, Tensor? logit, str[] activations, "
-    "float[] activation_params, str head, float out_scale"
-)
+# one text for the constants of a net: lists of names and numbers would cost a call several microseconds
+_MLP = "Tensor[] weights, Tensor?[] biases, Tensor? context_bias, Tensor? logit, str spec, float out_scale"
 _UPDATE = (
     "Tensor step_coefficients, Tensor? chain_coefficients, Tensor? prior_mean, Tensor? prior_precision, "
     "Tensor? frozen, Tensor? noise, Tensor noise_key, SymInt first_step, SymInt first_chain, Tensor? extra_grad"
@@ -41,7 +43,7 @@ SCHEMAS = {
     "langevin_step": f"(Tensor z, Tensor grad, {_UPDATE}, str backend) -> Tensor",
     "mlp_energy_grad": f"(Tensor z, {_MLP}, str backend, str? precision) -> (Tensor, Tensor)",
     "mlp_langevin_chain": f"(Tensor z, {_MLP}, {_UPDATE}, SymInt n_steps, bool diagnostics, bool trajectory, "
-    "SymInt thin, str backend, str? precision) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "SymInt thin, str backend, str? precision) -> Tensor[]",
     "draw_noise_key": "() -> Tensor",
     "top_singular": "(Tensor weight, Tensor u) -> (Tensor, Tensor, Tensor)",
 }
@@ -50,39 +52,18 @@ SCHEMAS = {
 # --- records, spread out and rebuilt ----------------------------------------------------------------------------------
 
 
-def spread_mlp(mlp: MLP) -> tuple:
-    """The arguments of `_MLP`."""
-    spec = mlp.spec
-    return (
-        list(mlp.weights),
-        list(mlp.biases),
-        mlp.context_bias,
-        mlp.logit,
-        list(spec.activations),
-        list(spec.activation_params),
-        spec.head,
-        spec.out_scale,
-    )
+def spread_mlp(mlp: MLP, *, negated: bool = False) -> tuple:
+    """The arguments of `_MLP`; those of −f if negated."""
+    spec, weights, biases, context_bias, logit = mlp
+    scale = -spec.out_scale if negated else spec.out_scale
+    return list(weights), list(biases), context_bias, logit, spec.text, scale
 
 
-def rebuilt_mlp(
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    context_bias: Tensor | None,
-    logit: Tensor | None,
-    activations: list[str],
-    activation_params: list[float],
-    head: str,
-    out_scale: float,
-) -> MLP:
-    widths = (weights[0].shape[-1], *[weight.shape[0] for weight in weights])
-    return MLP(
-        MLPSpec(widths, tuple(activations), tuple(activation_params), head, out_scale),
-        tuple(weights),
-        tuple(biases),
-        context_bias,
-        logit,
-    )
+@functools.lru_cache(maxsize=1024)
+def _checked_spec(text: str, out_scale: float) -> MLPSpec:
+    spec = MLPSpec.of_text(text, out_scale)
+    ops.check_spec(spec)
+    return spec
 
 
 def spread_update(update: Update) -> tuple:
@@ -90,7 +71,7 @@ def spread_update(update: Update) -> tuple:
     return tuple(rng.key_tensor(v) if name == "noise_key" else v for name, v in zip(Update._fields, update))
 
 
-_N_MLP, _N_UPDATE = 8, len(Update._fields)
+_N_MLP, _N_UPDATE = 6, len(Update._fields)
 
 
 # --- kernels, one for all devices -------------------------------------------------------------------------------------
@@ -103,22 +84,29 @@ def _langevin_noise(noise_key, n_steps, chains, dim, first_step, first_chain, st
 
 
 def _langevin_step(z, grad, *rest):
-    return ops.direct_step(z, grad, Update(*rest[:_N_UPDATE]), rest[-1])
+    *update, backend = rest
+    return ops.direct_step(z, grad, Update(*update), backend)
 
 
-def _mlp_energy_grad(z, *rest):
-    *spread, backend, asked = rest
+def _mlp_energy_grad(z, weights, biases, context_bias, logit, spec, out_scale, backend, asked):
+    mlp = MLP(_checked_spec(spec, out_scale), weights, biases, context_bias, logit)
+    if asked == precision.asked():  # what there is to enter costs a microsecond
+        return ops.direct_energy_grad(z, mlp, backend)
     with precision.using(asked):
-        return ops.direct_energy_grad(z, rebuilt_mlp(*spread), backend)
+        return ops.direct_energy_grad(z, mlp, backend)
 
 
-def _mlp_langevin_chain(z, *rest):
-    mlp, update = rebuilt_mlp(*rest[:_N_MLP]), Update(*rest[_N_MLP : _N_MLP + _N_UPDATE])
-    n_steps, diagnostics, trajectory, thin, backend, asked = rest[_N_MLP + _N_UPDATE :]
-    with precision.using(asked):
-        result = ops.direct_chain(z, mlp, update, n_steps, Record(diagnostics, trajectory, thin), backend)
-    # an operator returns tensors only: empty ones stand for what was not asked for
-    return tuple([z.new_empty(0) if value is None else value for value in result])
+def _mlp_langevin_chain(z, weights, biases, context_bias, logit, spec, out_scale, *rest):
+    mlp = MLP(_checked_spec(spec, out_scale), weights, biases, context_bias, logit)
+    *update, n_steps, diagnostics, trajectory, thin, backend, asked = rest
+    arguments = (z, mlp, Update(*update), n_steps, Record(diagnostics, trajectory, thin), backend)
+    if asked == precision.asked():
+        result = ops.direct_chain(*arguments)
+    else:
+        with precision.using(asked):
+            result = ops.direct_chain(*arguments)
+    # what was asked for alone: an empty tensor in the place of all else would cost a microsecond each
+    return [value for value in result if value is not None]
 
 
 def _draw_noise_key():
@@ -150,14 +138,13 @@ def _fake_energy_grad(z, *rest):
 def _fake_chain(z, *rest):
     n_steps, diagnostics, trajectory, thin, _, _ = rest[_N_MLP + _N_UPDATE :]
     kept, chains = n_steps // thin, z.shape[0]
-    per_step = [z.new_empty((kept, chains)) if diagnostics else z.new_empty(0) for _ in range(3)]
-    first_bad_step = z.new_empty((chains,), dtype=torch.int64) if diagnostics else z.new_empty(0)
-    return (
-        z.new_empty(z.shape),
-        *per_step,
-        first_bad_step,
-        z.new_empty((kept, *z.shape)) if trajectory else z.new_empty(0),
-    )
+    results = [z.new_empty(z.shape)]
+    if diagnostics:
+        results += [z.new_empty((kept, chains)) for _ in range(3)]
+        results.append(z.new_empty((chains,), dtype=torch.int64))
+    if trajectory:
+        results.append(z.new_empty((kept, *z.shape)))
+    return results
 
 
 def _fake_draw():
@@ -171,42 +158,80 @@ def _fake_top_singular(weight, u):
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-def _save_inputs(ctx, inputs, output):
-    z, weights, biases, context_bias, logit, *ctx.constants, _, _ = inputs
-    ctx.n_layers, ctx.has_bias = len(weights), [bias is not None for bias in biases]
-    tensors = [z, *weights, *[bias for bias in biases if bias is not None], context_bias, logit]
-    ctx.save_for_backward(*tensors)
-
-
-def _energy_grad_backward(ctx, energy_cotangent, grad_cotangent):
-    z, *rest = ctx.saved_tensors
-    weights, given = rest[: ctx.n_layers], iter(rest[ctx.n_layers : -2])
-    biases = [next(given) if there else None for there in ctx.has_bias]
-    context_bias, logit = rest[-2:]
-    again = torch.is_grad_enabled()  # a second derivative is wanted: stay connected to the inputs
-    leaves = [z, *weights, *biases, context_bias]
-    # either way tensors of our own, so that what z and the weights may share upstream is not counted twice
-    own = (lambda t: t.view_as(t)) if again else (lambda t: t.detach().requires_grad_())
-    leaves = [None if leaf is None else own(leaf) for leaf in leaves]
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    with torch.enable_grad():
-        mlp = rebuilt_mlp(
-            leaves[1 : 1 + len(weights)], leaves[1 + len(weights) : -1], leaves[-1], logit, *ctx.constants
+# what below autograd turns a call away from its kernel: a mode or a tensor subclass, functionalisation, a transform
+_WATCHERS = functools.reduce(
+    operator.or_,
+    (
+        torch._C.DispatchKeySet(key).raw_repr()
+        for key in (
+            torch._C.DispatchKey.Python,
+            torch._C.DispatchKey.Functionalize,
+            torch._C.DispatchKey.FuncTorchDynamicLayerBackMode,
         )
-        energy, grad = eager.mlp_energy_grad(leaves[0], mlp)
-        cotangents = [(energy, energy_cotangent), (grad, grad_cotangent)]
-        outputs, seeds = zip(*[(value, seed) for value, seed in cotangents if seed is not None], strict=True)
-        found = torch.autograd.grad(outputs, wanted, seeds, create_graph=again, allow_unused=True)
-    gradients = iter(found)
-    of_leaf = [next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
-    n = len(weights)
-    return (of_leaf[0], of_leaf[1 : 1 + n], of_leaf[1 + n : -1], of_leaf[-1], None, None, None, None, None, None, None)
+    ),
+)
+
+
+def _below_autograd(keyset, *args):
+    """mlp_energy_grad without its formula: the kernel at once where nobody looks on, since a second pass through the
+    dispatcher would convert all arguments there and back once more."""
+    if not keyset.raw_repr() & _WATCHERS:
+        return _mlp_energy_grad(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operators.mlp_energy_grad.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _mlp_energy_grad_autograd(keyset, z, weights, biases, context_bias, logit, *constants):
+    if torch.is_grad_enabled():
+        forward_mode = forward_ad._current_level >= 0
+        if forward_mode or torch._C._any_requires_grad(z, weights, biases, context_bias):
+            if forward_mode or torch._C._functorch.peek_interpreter_stack() is not None:
+                return _by_formulas(z, weights, biases, context_bias, logit, *constants)
+            return _EnergyGrad.apply(keyset, len(weights), constants, z, context_bias, logit, *weights, *biases)
+    return _below_autograd(keyset, z, weights, biases, context_bias, logit, *constants)
+
+
+def _by_formulas(z, weights, biases, context_bias, logit, spec, out_scale, backend, asked):
+    """In plain torch, which knows forward mode and every gradient of torch.func, nested as may be."""
+    mlp = MLP(_checked_spec(spec, out_scale), weights, biases, context_bias, logit)
+    ops.backend_of_energy_grad(z, mlp, backend)  # what does not fit is refused as ever
+    return eager.mlp_energy_grad(z, mlp)
+
+
+class _EnergyGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keyset, n_layers, constants, z, context_bias, logit, *parameters):
+        ctx.save_for_backward(z, context_bias, logit, *parameters)
+        ctx.n_layers, ctx.spec = n_layers, constants[:2]
+        weights, biases = list(parameters[:n_layers]), list(parameters[n_layers:])
+        return _below_autograd(keyset, z, weights, biases, context_bias, logit, *constants)
+
+    @staticmethod
+    def backward(ctx, energy_cotangent, grad_cotangent):
+        z, context_bias, logit, *parameters = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # a second derivative is wanted: stay connected to the inputs
+        # either way tensors of our own, so that what z and the weights may share upstream is not counted twice
+        own = (lambda t: t.view_as(t)) if again else (lambda t: t.detach().requires_grad_())
+        leaves = [None if leaf is None else own(leaf) for leaf in (z, context_bias, *parameters)]
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        with torch.enable_grad():
+            z, context_bias, *parameters = leaves
+            weights, biases = parameters[: ctx.n_layers], parameters[ctx.n_layers :]
+            energy, grad = eager.mlp_energy_grad(z, MLP(_checked_spec(*ctx.spec), weights, biases, context_bias, logit))
+            cotangents = [(energy, energy_cotangent), (grad, grad_cotangent)]
+            outputs, seeds = zip(*[(value, seed) for value, seed in cotangents if seed is not None], strict=True)
+            found = torch.autograd.grad(outputs, wanted, seeds, create_graph=again, allow_unused=True)
+        gradients = iter(found)
+        of_z, of_context, *of_parameters = [
+            next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in leaves
+        ]
+        return (None, None, None, of_z, of_context, None, *of_parameters)
 
 
 # --- vmap -------------------------------------------------------------------------------------------------------------
 
 
-def _one_by_one(operator):
+def _one_by_one(overload):
     """The rule of torch.func.vmap: call by call. A key that is not batched gives every entry the same noise, as a loop
     over calls with that key does; drawing one inside is refused by vmap itself, unless its randomness allows it."""
 
@@ -217,10 +242,11 @@ def _one_by_one(operator):
             return arg if dim is None else arg.select(dim, i)
 
         calls = [[entry(a, d, i) for a, d in zip(args, in_dims, strict=True)] for i in range(info.batch_size)]
-        results = [operator(*call) for call in calls]
+        results = [overload(*call) for call in calls]
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
-        return tuple(torch.stack(values) for values in zip(*results, strict=True)), (0,) * len(results[0])
+        stacked = [torch.stack(values) for values in zip(*results, strict=True)]
+        return type(results[0])(stacked), type(results[0])([0] * len(stacked))
 
     return rule
 
@@ -255,10 +281,8 @@ def _register() -> torch.library.Library:
         library.define(name + schema, tags=tags)
         library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::mlp_energy_grad", _energy_grad_backward, setup_context=_save_inputs, lib=library
-    )
-    for name in ("langevin_step", "mlp_langevin_chain", "top_singular"):
+    library.impl("mlp_energy_grad", _mlp_energy_grad_autograd, "Autograd", with_keyset=True)
+    for name in ("langevin_noise", "langevin_step", "mlp_langevin_chain", "top_singular"):
         # autograd passes these by, and their kernels run outside it: detached results
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     for name in ("langevin_step", "mlp_langevin_chain"):
@@ -302,12 +326,20 @@ def mlp_energy_grad(z: Tensor, mlp: MLP, backend: str, asked: str | None = None)
 
 
 def mlp_langevin_chain(
-    z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str, asked: str | None = None
+    z: Tensor,
+    mlp: MLP,
+    update: Update,
+    n_steps: int,
+    record: Record,
+    backend: str,
+    asked: str | None = None,
+    *,
+    negated: bool = False,
 ) -> ChainResult:
-    """`ops.mlp_langevin_chain`; asked is the precision (`precision.py`)."""
-    z, energy, grad_norm, displacement, first_bad_step, trajectory = operators.mlp_langevin_chain.default(
+    """`ops.mlp_langevin_chain`; asked is the precision (`precision.py`), negated says that the energy is −f."""
+    z, *recorded = operators.mlp_langevin_chain.default(
         z,
-        *spread_mlp(mlp),
+        *spread_mlp(mlp, negated=negated),
         *spread_update(update),
         n_steps,
         record.diagnostics,
@@ -316,6 +348,5 @@ def mlp_langevin_chain(
         backend,
         asked,
     )
-    if not record.diagnostics:
-        energy = grad_norm = displacement = first_bad_step = None
-    return ChainResult(z, energy, grad_norm, displacement, first_bad_step, trajectory if record.trajectory else None)
+    per_step = recorded[:4] if record.diagnostics else [None] * 4
+    return ChainResult(z, *per_step, recorded[-1] if record.trajectory else None)

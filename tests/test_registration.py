@@ -1,5 +1,7 @@
 """The operators of torch.library: schema, fakes, autograd, and the same results as the functions of ops.py."""
 
+import dataclasses
+
 import pytest
 import torch
 from reference import moved, plain_update, random_mlp
@@ -8,7 +10,7 @@ from torch.library import opcheck
 import jlebm_fast as jf
 from jlebm_fast import ops, registration, rng
 from jlebm_fast.backends import eager
-from jlebm_fast.problem import MLP, Record, Update
+from jlebm_fast.problem import MLP, MLPSpec, Record, Update
 
 OPERATORS = registration.operators
 
@@ -79,6 +81,45 @@ def test_operators_are_the_functions(backend):
     ours = OPERATORS.mlp_energy_grad.default(z, *registration.spread_mlp(mlp), backend.name, None)
     for a, b in zip(ours, ops.mlp_energy_grad(z, mlp, backend=backend.name), strict=True):
         assert torch.equal(a, b)
+
+
+def test_results_that_nobody_asked_for_are_absent(backend):
+    z, mlp = problem(backend)
+    update = moved(plain_update(4, 6), backend.device)
+    for record in (Record(), Record(diagnostics=True), Record(trajectory=True, thin=2)):
+        found = OPERATORS.mlp_langevin_chain.default(*arguments_of_chain(z, mlp, update, 4, record, backend))
+        direct = ops.mlp_langevin_chain(z, mlp, update, 4, record, backend=backend.name)
+        for a, b in zip(found, [value for value in direct if value is not None], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("6-8-8-1 gelu:0.0 gelu:0.0", "spec must be widths, activation:parameter .* got '6-8-8-1 gelu:0.0 gelu:0.0'"),
+        ("", "spec must be widths, .* got ''"),
+        ("6-8-8-1 gelu:0.0 gelu:0.0 cosine", "head must be one of"),
+        ("6-8-8-1 gelu:0.0 sine:0.0 identity", "activation must be one of"),
+        ("6-8-8-1 gelu:0.0 identity", "activations must name 2 layers"),
+        ("6-8-1 gelu:0.0 identity", "the MLP must have 2 weights and biases, got 3"),
+        ("6-8-9-1 gelu:0.0 gelu:0.0 identity", r"weight 1 of the energy must be \[9, 8\]"),
+    ],
+)
+def test_a_text_that_is_no_spec_is_refused(spec, message):
+    z, mlp = normal(5, 6), random_mlp((6, 8, 8, 1), "gelu")
+    weights, biases, context_bias, logit, _, out_scale = registration.spread_mlp(mlp)
+    with pytest.raises(ValueError, match=message):
+        OPERATORS.mlp_energy_grad.default(z, weights, biases, context_bias, logit, spec, out_scale, "auto", None)
+
+
+def test_the_text_of_a_spec_gives_it_back():
+    for spec in (
+        MLPSpec((3, 4, 5, 2), ("leaky_relu", "softplus"), (0.1 + 0.2, 1e-7), "logsumexp", -2.5),
+        MLPSpec((1, 1, 1), ("elu",), (1,), "tanh"),
+    ):
+        assert MLPSpec.of_text(spec.text, spec.out_scale) == spec
+        assert spec.negated.text == spec.text
+        assert dataclasses.replace(spec, head="logit").text.endswith("logit")
 
 
 def test_keys_as_tensors(backend):
@@ -231,3 +272,70 @@ def test_vmap_and_noise():
         assert torch.equal(ends[0], ends[1])
     step = lambda each: jf.langevin_step(each, each, step_size=0.1, noise_key=3)  # noqa: E731
     assert torch.equal(torch.func.vmap(step)(z)[1], step(z[1]))
+
+
+# --- gradients by torch.func, and forward mode ------------------------------------------------------------------------
+
+
+def _energy_and_grad(function, backend):
+    """(z, first weight, first bias) -> (energy, gradient), by the operator or by the formulas; as leaves as well."""
+    z, mlp = problem(backend, context=False)
+    options = {"backend": backend.name} if function is ops.mlp_energy_grad else {}
+
+    def run(z, weight=mlp.weights[0], bias=mlp.biases[0]):
+        weights, biases = (weight, *mlp.weights[1:]), (bias, *mlp.biases[1:])
+        return function(z, mlp._replace(weights=weights, biases=biases), **options)
+
+    return run, z, mlp.weights[0], mlp.biases[0]
+
+
+def _outer_gradient(run, z, weight):
+    weight = weight.clone().requires_grad_()
+    inner = torch.func.grad(lambda z, w: run(z, w)[0].sin().sum(), argnums=0)(z, weight)
+    return torch.autograd.grad(inner.cos().sum(), weight)
+
+
+def _dual(run, z):
+    with torch.autograd.forward_ad.dual_level():
+        values = run(torch.autograd.forward_ad.make_dual(z, z.cos()))
+        return [torch.autograd.forward_ad.unpack_dual(value).tangent for value in values]
+
+
+TRANSFORMS = {
+    "grad": lambda run, z, w, b: torch.func.grad(lambda z: run(z)[0].sin().sum())(z),
+    "grad of the gradient": lambda run, z, w, b: torch.func.grad(lambda z: run(z)[1].sin().sum())(z),
+    "grad in all": lambda run, z, w, b: torch.func.grad(lambda *a: run(*a)[1].sin().sum(), argnums=(0, 1, 2))(z, w, b),
+    "grad of grad": lambda run, z, w, b: torch.func.grad(
+        lambda z: torch.func.grad(lambda z: run(z)[0].sin().sum())(z).cos().sum()
+    )(z),
+    "vjp": lambda run, z, w, b: torch.func.vjp(run, z)[1]((z[:, 0], z.cos())),
+    "jvp": lambda run, z, w, b: torch.func.jvp(run, (z,), (z.cos(),)),
+    "hessian": lambda run, z, w, b: torch.func.hessian(lambda z: run(z)[0].sum())(z),
+    "vmap of grad": lambda run, z, w, b: torch.func.vmap(torch.func.grad(lambda z: run(z)[0].sin().sum()))(
+        torch.stack([z, 2 * z])
+    ),
+    "grad of vmap": lambda run, z, w, b: torch.func.grad(lambda z: torch.func.vmap(run)(z)[0].sin().sum())(
+        torch.stack([z, 2 * z])
+    ),
+    "autograd around grad": lambda run, z, w, b: _outer_gradient(run, z, w),
+    "dual numbers": lambda run, z, w, b: _dual(run, z),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_energy_and_gradient_under_transforms(backend, transform):
+    ours = torch.utils._pytree.tree_leaves(transform(*_energy_and_grad(ops.mlp_energy_grad, backend)))
+    plain = torch.utils._pytree.tree_leaves(transform(*_energy_and_grad(eager.mlp_energy_grad, backend)))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_transforms_refuse_what_a_plain_call_refuses():
+    z, mlp = normal(5, 6), random_mlp((6, 8, 8, 1), "gelu")
+    gradient = lambda mlp, backend: torch.func.grad(  # noqa: E731
+        lambda z: ops.mlp_energy_grad(z, mlp, backend=backend)[0].sum()
+    )
+    with pytest.raises(ValueError, match=r"weight 0 of the energy must be \[8, 6\] float32"):
+        gradient(moved(mlp, dtype=torch.float64), "auto")(z)
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
+        gradient(mlp, "nobody")(z)
