@@ -66,6 +66,8 @@ def _open(origin: str, content: Any) -> Image.Image:
     if isinstance(content, list | np.ndarray):
         return Image.fromarray(_pixels(origin, content))
     is_file = isinstance(content, str | os.PathLike)
+    if not is_file and not isinstance(content, bytes):
+        raise ImageError(f"{origin} must be an image file's bytes or path, or pixels, got {content!r:.40}")
     if not is_file and len(content) == 0:
         raise ImageError(f"{origin} is an empty image")
     try:
@@ -80,6 +82,8 @@ def _open(origin: str, content: Any) -> Image.Image:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # names a file once more, or an object of Python's
             reason = "its content is in no image format that Pillow knows"
+        elif isinstance(error, OSError) and error.strerror:  # without the number, and the name once more
+            reason = error.strerror
         raise ImageError(f"cannot read image {origin}: {reason}") from error
 
 

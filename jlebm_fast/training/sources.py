@@ -180,12 +180,15 @@ def _path(source: str) -> dict[str, list[Encoded]]:
     path = pathlib.Path(source)
     if not path.exists():
         names = ", ".join(["digits", *HUB_SOURCES])
-        raise ImageError(f'no such file or folder: "{source}" (--data takes {names}, or a path)')
+        # a run keeps the path as it was given: its figures may be asked for from another folder
+        where = "" if path.is_absolute() else f' in "{pathlib.Path.cwd()}"'
+        raise ImageError(f'no such file or folder: "{source}"{where} (--data takes {names}, or a path)')
     if path.is_file():
-        if path.suffix != ".parquet":
+        if path.suffix.lower() != ".parquet":
             raise ImageError(f'"{source}" is neither a Parquet file nor a folder')
         return _parquet({"train": [path]})
-    parquet_files = sorted(path.rglob("*.parquet"))
+    # a folder may be called so too, and its files are found by themselves
+    parquet_files = sorted(f for f in path.rglob("*") if f.suffix.lower() == ".parquet" and f.is_file())
     if parquet_files:
         by_split: dict[str, list[pathlib.Path]] = {}
         for file in parquet_files:
@@ -227,7 +230,10 @@ def _rows(table: Any, origin: str, label_column: str | None) -> Iterator[Encoded
     if column is None:
         column = next((name for name in ("image", "img", "png", "jpg") if name in table.column_names), None)
     if column is None:
-        raise ImageError(f"{origin} has no image column; its columns are {', '.join(table.column_names)}")
+        raise ImageError(
+            f"{origin} has no image column, named image, img, png or jpg; its columns are "
+            f"{', '.join(table.column_names)}"
+        )
     kind = table.features[column]
     if isinstance(kind, datasets.Image):
         table = table.cast_column(column, datasets.Image(decode=False))
@@ -240,13 +246,21 @@ def _rows(table: Any, origin: str, label_column: str | None) -> Iterator[Encoded
             raise ImageError(f'row {i} of {origin} has no image in column "{column}"')
         label = row[label_column] if label_column is not None else None
         if label is not None and not (isinstance(label, int) and label < 2**63):
-            raise ImageError(f'column "{label_column}" of {origin} must hold integers, got {label!r} in row {i}')
+            raise ImageError(
+                f'column "{label_column}" of {origin} must hold integers, got {label!r} in row {i}: number the classes, '
+                "or leave the column out"
+            )
         label = None if label is None or label < 0 else label
         yield Encoded(f"row {i} of {origin}", content, label)
 
 
 def _folder(path: pathlib.Path) -> dict[str, list[Encoded]]:
     held_out = next((name for name in HELD_OUT_SPLITS if (path / name).is_dir()), None)
+    if held_out is not None and not (path / "train").is_dir():
+        raise ImageError(
+            f'"{path}" has held-out images in "{held_out}" but no folder "train": give both, or rename "{held_out}" if '
+            "it is to be trained on"
+        )
     if (path / "train").is_dir():
         folders = {"train": path / "train"} | ({held_out: path / held_out} if held_out else {})
     else:
@@ -263,7 +277,9 @@ def _folder(path: pathlib.Path) -> dict[str, list[Encoded]]:
 
 
 def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    # a link that leads nowhere is a missing image, to be named when it is read
+    found = (f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(f for f in found if f.is_file() or (f.is_symlink() and not f.exists()))
     if not files:
         raise ImageError(
             f'no images in folder "{folder}": expected Parquet files or {", ".join(sorted(IMAGE_SUFFIXES))}'

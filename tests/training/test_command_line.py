@@ -112,7 +112,7 @@ def test_resume_keeps_the_options_of_the_run(jlebm, trained, tmp_path):
         (["train", "RUN", "--prior", "laplace"], "--prior"),
         (["train", "RUN", "--step-size", "nan"], "--step-size must be positive and finite"),
         (["train", "RUN", "--image-size", "20"], "--image-size must be 8, 16, 32"),
-        (["train", "RUN", "--data", "nowhere"], 'no such file or folder: "nowhere"'),
+        (["train", "RUN", "--data", "nowhere"], 'no such file or folder: "nowhere" in "'),
         (["train", "RUN", "--resume"], "no run folder at"),
         (["train", "RUN", "--data", "FOLDER", "--batch-size", "37"], "--batch-size 37 needs at least"),
         (["train", "RUN", "--data", "mnist"], 'cannot download "mnist"'),

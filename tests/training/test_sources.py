@@ -161,7 +161,7 @@ def test_other_bad_sources_are_named(tmp_path):
     with pytest.raises(ImageError, match="cannot read Parquet file"):
         load_images(str(tmp_path))
     datasets.Dataset.from_dict({"number": [1, 2]}).to_parquet(tmp_path / "bad.parquet")
-    with pytest.raises(ImageError, match="no image column; its columns are number"):
+    with pytest.raises(ImageError, match="no image column, named image, img, png or jpg; its columns are number"):
         load_images(str(tmp_path))
 
 
@@ -211,3 +211,39 @@ def test_what_a_classifier_can_learn_from(tmp_path, labels, words):
         return
     with pytest.raises(ImageError, match=words):
         images.require_classes()
+
+
+def test_an_image_column_of_numbers_is_refused(tmp_path):
+    for value in (3, 0.5, True):
+        datasets.Dataset.from_dict({"image": [value] * 4}).to_parquet(tmp_path / "train.parquet")
+        with pytest.raises(
+            ImageError, match=rf"row 0 of .* must be an image file's bytes or path, or pixels, got {value}"
+        ):
+            load_images(str(tmp_path))
+
+
+def test_a_folder_called_like_a_parquet_file_is_read_once(tmp_path):
+    write_parquet(tmp_path / "all.parquet" / "part-0.parquet", 10)
+    write_parquet(tmp_path / "more" / "part-1.PARQUET", 10)
+    images = load_images(str(tmp_path))
+    assert len(images.train) + len(images.held_out) == 20
+
+
+def test_held_out_images_are_never_trained_on(tmp_path):
+    write_folder(tmp_path / "test", 6)
+    write_folder(tmp_path / "training", 6)
+    with pytest.raises(ImageError, match=r'has held-out images in "test" but no folder "train": give both, or rename'):
+        load_images(str(tmp_path))
+
+
+def test_a_link_that_leads_nowhere_is_a_missing_image(tmp_path):
+    write_folder(tmp_path, 6, classes=False)
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(ImageError, match=r"cannot read image .*gone.png: No such file or directory$"):
+        load_images(str(tmp_path))
+
+
+def test_a_relative_path_is_named_with_the_folder_it_is_looked_for_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ImageError, match=f'no such file or folder: "photos" in "{tmp_path}"'):
+        load_images("photos")
