@@ -247,8 +247,8 @@ def _rows(table: Any, origin: str, label_column: str | None) -> Iterator[Encoded
         label = row[label_column] if label_column is not None else None
         if label is not None and not (isinstance(label, int) and label < 2**63):
             raise ImageError(
-                f'column "{label_column}" of {origin} must hold integers, got {label!r} in row {i}: number the classes, '
-                "or leave the column out"
+                f'column "{label_column}" of {origin} must hold integers, got {label!r} in row {i}: number the '
+                "classes, or leave the column out"
             )
         label = None if label is None or label < 0 else label
         yield Encoded(f"row {i} of {origin}", content, label)
