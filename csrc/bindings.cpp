@@ -111,6 +111,7 @@ PYBIND11_MODULE(_C, m) {
 #else
     m.attr("cuda") = false;
 #endif
+    bind_plain(m);
     m.def("cpu_target", [] { return std::string(cpu_kernels().target); }, "target whose kernels run");
     m.def("cpu_lanes", [] { return cpu_kernels().lanes; });
     m.def("cpu_targets", [] { return std::string(cpu_targets()); }, "targets of this build that this processor runs");

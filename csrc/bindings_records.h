@@ -21,6 +21,8 @@ namespace jlebm {
 void bind_cuda(py::module_& m);
 // questions to the driver
 void bind_cuda_devices(py::module_& m);
+// operations on Python's tensors, on the CPU
+void bind_plain(py::module_& m);
 
 using Address = uintptr_t;
 
@@ -85,10 +87,8 @@ private:
     Py_ssize_t size_ = 0, next_ = 0;
 };
 
-// (widths, activations, activation params, head, out_scale, weight addresses, bias addresses, context_bias, logit)
-inline MlpParams mlp_params(py::handle record) {
-    Fields fields(record);
-    fields.expect(9, "the record of an MLP");
+// the next of the fields: widths, activations, activation params, head, out_scale (`MLPSpec.native_fields`)
+inline void mlp_constants(Fields& fields, MlpParams& p) {
     Fields widths(fields.next()), activations(fields.next()), activation_params(fields.next());
     const size_t n_hidden = activations.size();
     if (n_hidden < 1 || n_hidden > size_t(kMaxHiddenLayers))
@@ -96,12 +96,9 @@ inline MlpParams mlp_params(py::handle record) {
                                     " hidden layers here, got " + std::to_string(n_hidden));
     const int64_t head = fields.integer();
     if (head < 0 || head >= int(Head::kCount)) throw std::invalid_argument("unknown head " + std::to_string(head));
-    MlpParams p;
     p.n_hidden = int32_t(n_hidden), p.head = Head(head), p.out_scale = fields.real();
-    Fields weights(fields.next()), biases(fields.next());
-    if (widths.size() != n_hidden + 2 || activation_params.size() != n_hidden || weights.size() != n_hidden + 1 ||
-        biases.size() != n_hidden + 1)
-        throw std::invalid_argument("widths, activations, weights and biases disagree on the number of layers");
+    if (widths.size() != n_hidden + 2 || activation_params.size() != n_hidden)
+        throw std::invalid_argument("widths and activations disagree on the number of layers");
     for (size_t i = 0; i < n_hidden + 2; ++i) {
         const int64_t width = widths.integer(std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max());
         if (width < 1) throw std::invalid_argument("widths must be positive, got " + std::to_string(width));
@@ -114,6 +111,18 @@ inline MlpParams mlp_params(py::handle record) {
         p.activations[l] = Activation(activation);
         p.activation_params[l] = activation_params.real();
     }
+}
+
+// (the constants, weight addresses, bias addresses, context_bias, logit)
+inline MlpParams mlp_params(py::handle record) {
+    Fields fields(record);
+    fields.expect(9, "the record of an MLP");
+    MlpParams p;
+    mlp_constants(fields, p);
+    const size_t n_hidden = size_t(p.n_hidden);
+    Fields weights(fields.next()), biases(fields.next());
+    if (weights.size() != n_hidden + 1 || biases.size() != n_hidden + 1)
+        throw std::invalid_argument("widths, weights and biases disagree on the number of layers");
     for (size_t l = 0; l <= n_hidden; ++l) {
         p.weights[l] = weights.address<const float>();
         p.biases[l] = biases.address<const float>();

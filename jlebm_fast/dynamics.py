@@ -59,6 +59,8 @@ class GaussianPrior:
             mean = None
         else:
             mean = _broadcast("mean of the prior", self.mean, z).to(z.dtype)
+        if isinstance(self.std, (float, int)) and self.std == 1:  # the usual prior, without three operations
+            return mean, torch.ones(z.shape[1], dtype=z.dtype, device=z.device)
         precision = _broadcast("std of the prior", self.std, z)
         return mean, precision.to(torch.float64).pow(-2).to(z.dtype)
 
@@ -93,6 +95,8 @@ def check_schedule(
     name: str, value: float | Sequence[float] | Tensor, n_steps: int
 ) -> float | tuple[float, ...] | Tensor:
     """A float, a tuple of n_steps floats, or a copy of a per-chain tensor [chains]: finite and not negative."""
+    if type(value) is float and 0.0 <= value < math.inf:  # the usual case, at once
+        return value
     wanted = f"must be a float, a sequence of {n_steps} or a tensor [chains]"
     if isinstance(value, Tensor) and value.dim() == 1:
         if not value.dtype.is_floating_point:

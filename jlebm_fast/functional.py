@@ -153,7 +153,7 @@ def langevin_step(
             noise_key = 0
             noise = check_like("noise", flatten_latents(noise, "noise")[0], (tuple(flat.shape),), flat).unsqueeze(0)
         update = Update(
-            torch.tensor(rows, dtype=torch.float64, device="cpu").to(flat.device, flat.dtype),
+            torch.tensor(rows, dtype=flat.dtype, device=flat.device),
             dynamics.chain_coefficients(step_size, noise_scale, flat),
             mean,
             precision,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, ops
-from .backends import _native, cpu, eager
+from .backends import _native, cpu, cpu_plain, eager
 from .modes import autocast_enabled
 from .problem import MLP
 
@@ -77,7 +77,11 @@ def native_pass(z: Tensor, mlp: MLP) -> NativePass | None:
 
 
 def _on_cpu(z: Tensor, mlp: MLP, layers: bool, grad: bool) -> Pass:
-    value, hidden, delta, gradient = cpu.mlp_energy_layers(z, mlp, layers=layers, grad=grad)
+    found = cpu_plain.mlp_energy_layers(z, mlp, layers=layers, grad=grad)
+    if found is None:
+        ops.check_mlp(mlp, z)  # a layer may have been given any weight
+        found = cpu.mlp_energy_layers(z, mlp, layers=layers, grad=grad)
+    value, hidden, delta, gradient = found
     if not layers:
         return Pass(value, grad=gradient)
     widths = mlp.spec.widths
@@ -88,6 +92,7 @@ def pass_of(kernels: Any) -> NativePass:
     """The native pass by the CUDA kernels, for one plain logit."""
 
     def run(z: Tensor, mlp: MLP, layers: bool, grad: bool) -> Pass:
+        ops.check_mlp(mlp, z)
         value, gradient, hidden, delta = kernels.mlp_energy_layers(z, mlp, layers=layers)
         if not layers:
             return Pass(value, grad=gradient)

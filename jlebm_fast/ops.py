@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
+from .backends import cpu_plain
 from .checks import SUPPORTED_DTYPES, check_like, describe, dtype_name
 from .modes import autocast_enabled, capturing, chain_mode, watched
 from .problem import ACTIVATIONS, HEADS, MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
@@ -123,6 +124,10 @@ def _usable_cuda(device: torch.device) -> torch.device:
 
 
 def direct_step(z: Tensor, grad: Tensor, update: Update, backend: str) -> Tensor:
+    if backend in cpu_plain.BACKENDS:
+        out = cpu_plain.langevin_step(z, grad, update)
+        if out is not None:
+            return out
     check_z(z)
     check_like("grad", grad, (tuple(z.shape),), z)
     check_update(update, z, 1)
@@ -135,6 +140,10 @@ def direct_step(z: Tensor, grad: Tensor, update: Update, backend: str) -> Tensor
 
 
 def direct_energy_grad(z: Tensor, mlp: MLP, backend: str) -> tuple[Tensor, Tensor]:
+    if backend in cpu_plain.BACKENDS:
+        found = cpu_plain.mlp_energy_grad(z, mlp)
+        if found is not None:
+            return found
     chosen = backend_of_energy_grad(z, mlp, backend)
     if not _attached(z.device):
         return chosen.mlp_energy_grad(z.contiguous(), mlp)
@@ -150,6 +159,10 @@ def backend_of_energy_grad(z: Tensor, mlp: MLP, backend: str) -> ModuleType:
 
 
 def direct_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str) -> ChainResult:
+    if record == NOTHING and backend in cpu_plain.BACKENDS:
+        out = cpu_plain.mlp_langevin_chain(z, mlp, update, n_steps)
+        if out is not None:
+            return ChainResult(out)
     check_z(z, mlp.spec.dim)
     check_mlp(mlp, z)
     check_count("n_steps", n_steps)
@@ -167,6 +180,10 @@ def sampler_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Rec
     """
     if watched(z):
         return registration().mlp_langevin_chain(z, mlp, update, n_steps, record, backend)
+    if record == NOTHING and backend in cpu_plain.BACKENDS:
+        out = cpu_plain.mlp_langevin_chain(z, mlp, update, n_steps)
+        if out is not None:
+            return ChainResult(out)
     check_z(z, mlp.spec.dim)
     check_mlp(mlp, z)
     check_counter("first_step", update.first_step)

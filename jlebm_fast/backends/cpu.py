@@ -131,24 +131,33 @@ def mlp_energy_layers(
     """f(z) [chains]; with layers, h_l [H_1 + … + H_L, chains] and df/da_l, df/dlogits [H_1 + … + J, chains], layer
     after layer; with grad, the gradient [chains, dim]. For MLPs that `fits_lanes`.
     """
-    chains, widths = z.shape[0], mlp.spec.widths
-    units = sum(widths[1:])
-    energy = z.new_empty(chains)
-    hidden, delta = (z.new_empty(units - widths[-1], chains), z.new_empty(units, chains)) if layers else (None, None)
-    gradient = torch.empty_like(z) if grad else None
-    if chains:
+    results = empty_layers(z, mlp, layers, grad)
+    if z.shape[0]:
         address = _Addresses()
+        energy, hidden, delta, gradient = map(address, results)
         _native.load().cpu_mlp_energy_layers(
-            chains=chains,
+            chains=z.shape[0],
             z=address(z),
             mlp=_mlp_fields(mlp, address),
-            energy=energy.data_ptr(),
-            hidden=address(hidden),
-            delta=address(delta),
-            grad=address(gradient),
+            energy=energy,
+            hidden=hidden,
+            delta=delta,
+            grad=gradient,
             n_threads=torch.get_num_threads(),
         )
-    return energy, hidden, delta, gradient
+    return results
+
+
+def empty_layers(
+    z: Tensor, mlp: MLP, layers: bool, grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """What `mlp_energy_layers` fills."""
+    chains, widths = z.shape[0], mlp.spec.widths
+    hidden = delta = None
+    if layers:
+        units = sum(widths[1:])
+        hidden, delta = z.new_empty(units - widths[-1], chains), z.new_empty(units, chains)
+    return z.new_empty(chains), hidden, delta, torch.empty_like(z) if grad else None
 
 
 def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:

@@ -1,0 +1,73 @@
+"""Plain calls on the CPU: one native call that checks its tensors itself (csrc/bindings_plain.cpp).
+
+Each function gives what backend `cpu` gives, or None where the call is not plain: another dtype, device, layout, shape
+or class, or anything that does not fit. Nothing was done then, and the checks of `ops.py` and the choice of a backend
+have the word. They cost ten times a small chain, which is why they are asked second.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from ..problem import MLP, Update
+from . import _native
+from .cpu import empty_layers, fits_lanes
+
+# what may be answered here: "cpu" is the first choice of "auto" for what is plain
+BACKENDS = ("auto", "cpu")
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The compiled module, where there is one and torch (2.10 and newer) lets it read tensors."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None or _native.unavailable_reason() is not None:
+        return None
+    native = _native.load()
+    return native if native.read_tensors_through(capsule, Tensor, nn.Parameter) else None
+
+
+def _is_plain(z: object) -> bool:
+    """Whether results like z can be made; all else is checked natively."""
+    return (type(z) is Tensor or type(z) is nn.Parameter) and z.is_cpu and z.dtype is torch.float32
+
+
+def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor | None:
+    native = _kernels()
+    if native is None or not _is_plain(z):
+        return None
+    out = torch.empty_like(z)
+    return out if native.plain_langevin_step(z, grad, update, out, torch.get_num_threads()) else None
+
+
+def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor] | None:
+    native = _kernels()
+    if native is None or not _is_plain(z) or z.ndim != 2 or not fits_lanes(mlp.spec):
+        return None
+    energy, grad = z.new_empty(z.shape[0]), torch.empty_like(z)
+    fits = native.plain_mlp_energy_grad(z, mlp, energy, grad, torch.get_num_threads())
+    return (energy, grad) if fits else None
+
+
+def mlp_energy_layers(
+    z: Tensor, mlp: MLP, *, layers: bool, grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
+    native = _kernels()
+    if native is None or not _is_plain(z) or z.ndim != 2 or not fits_lanes(mlp.spec):
+        return None
+    results = empty_layers(z, mlp, layers, grad)
+    return results if native.plain_mlp_energy_layers(z, mlp, *results, torch.get_num_threads()) else None
+
+
+def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int) -> Tensor | None:
+    """The end of a chain that nothing is recorded of."""
+    native = _kernels()
+    if native is None or not _is_plain(z) or not fits_lanes(mlp.spec):
+        return None
+    out = torch.empty_like(z)
+    fits = native.plain_mlp_langevin_chain(z, mlp, update, n_steps, out, torch.get_num_threads())
+    return out if fits else None
