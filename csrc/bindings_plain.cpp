@@ -182,6 +182,21 @@ bool update_of(py::handle record, int64_t chains, int64_t dim, int64_t n_steps, 
 
 // --- the operations
 
+bool langevin_noise(py::handle noise_key, py::handle first_step, py::handle first_chain, py::handle stream,
+                    py::handle out, int n_threads) {
+    LangevinNoiseParams p;
+    DlTensor t;
+    if (!key_of(noise_key, p.noise_key) || !counter_of(first_step, p.first_step) ||
+        !counter_of(first_chain, p.first_chain) || !counter_of(stream, p.stream) || !tensor_of(out, kFloat32, t) ||
+        t.n_dims != 3)
+        return false;
+    p.n_steps = t.shape[0], p.chains = t.shape[1], p.dim = t.shape[2], p.out = static_cast<float*>(t.data);
+    if (p.n_steps * p.chains * p.dim == 0) return true;
+    const py::gil_scoped_release unlocked;
+    cpu_kernels().langevin_noise(p, n_threads);
+    return true;
+}
+
 bool langevin_step(py::handle z, py::handle grad, py::handle update, py::handle out, int n_threads) {
     LangevinStepParams p;
     if (!z_of(z, p.chains, p.dim, p.z) || !array_of(grad, kFloat32, {p.chains, p.dim}, p.grad) ||
@@ -256,6 +271,8 @@ bool plain(Handles... arguments) {
 void bind_plain(py::module_& m) {
     m.def("read_tensors_through", &read_tensors_through, py::arg("capsule"), py::arg("tensor"), py::arg("parameter"),
           "give the plain calls DLPack's table and torch's classes; whether the table is one that they know");
+    m.def("plain_langevin_noise",
+          &plain<langevin_noise, py::handle, py::handle, py::handle, py::handle, py::handle, int>);
     m.def("plain_langevin_step", &plain<langevin_step, py::handle, py::handle, py::handle, py::handle, int>);
     m.def("plain_mlp_energy_grad", &plain<mlp_energy_grad, py::handle, py::handle, py::handle, py::handle, int>);
     m.def("plain_mlp_energy_layers",

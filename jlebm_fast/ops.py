@@ -91,6 +91,10 @@ def direct_noise(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    if backend in cpu_plain.BACKENDS:
+        out = cpu_plain.langevin_noise(noise_key, n_steps, chains, dim, first_step, first_chain, stream, device, dtype)
+        if out is not None:
+            return out
     check_noise_key(noise_key)
     check_count("n_steps", n_steps)
     check_count("chains", chains)

@@ -84,8 +84,7 @@ def _langevin_noise(noise_key, n_steps, chains, dim, first_step, first_chain, st
 
 
 def _langevin_step(z, grad, *rest):
-    *update, backend = rest
-    return ops.direct_step(z, grad, Update(*update), backend)
+    return ops.direct_step(z, grad, Update._make(rest[:_N_UPDATE]), rest[_N_UPDATE])
 
 
 def _mlp_energy_grad(z, weights, biases, context_bias, logit, spec, out_scale, backend, asked):
@@ -98,13 +97,13 @@ def _mlp_energy_grad(z, weights, biases, context_bias, logit, spec, out_scale, b
 
 def _mlp_langevin_chain(z, weights, biases, context_bias, logit, spec, out_scale, *rest):
     mlp = MLP(_checked_spec(spec, out_scale), weights, biases, context_bias, logit)
-    *update, n_steps, diagnostics, trajectory, thin, backend, asked = rest
-    arguments = (z, mlp, Update(*update), n_steps, Record(diagnostics, trajectory, thin), backend)
+    n_steps, diagnostics, trajectory, thin, backend, asked = rest[_N_UPDATE:]
+    update, record = Update._make(rest[:_N_UPDATE]), Record(diagnostics, trajectory, thin)
     if asked == precision.asked():
-        result = ops.direct_chain(*arguments)
+        result = ops.direct_chain(z, mlp, update, n_steps, record, backend)
     else:
         with precision.using(asked):
-            result = ops.direct_chain(*arguments)
+            result = ops.direct_chain(z, mlp, update, n_steps, record, backend)
     # what was asked for alone: an empty tensor in the place of all else would cost a microsecond each
     return [value for value in result if value is not None]
 

@@ -19,6 +19,7 @@ from .cpu import empty_layers, fits_lanes
 
 # what may be answered here: "cpu" is the first choice of "auto" for what is plain
 BACKENDS = ("auto", "cpu")
+_CPU = torch.device("cpu")
 
 
 @functools.cache
@@ -34,6 +35,29 @@ def _kernels() -> ModuleType | None:
 def _is_plain(z: object) -> bool:
     """Whether results like z can be made; all else is checked natively."""
     return (type(z) is Tensor or type(z) is nn.Parameter) and z.is_cpu and z.dtype is torch.float32
+
+
+def langevin_noise(
+    noise_key: int | Tensor,
+    n_steps: int,
+    chains: int,
+    dim: int,
+    first_step: int,
+    first_chain: int,
+    stream: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    native = _kernels()
+    if native is None or dtype is not torch.float32 or device != _CPU:
+        return None
+    shape = (n_steps, chains, dim)
+    for size in shape:
+        if type(size) is not int or size < 0:
+            return None
+    out = torch.empty(shape, dtype=dtype, device=device)
+    fits = native.plain_langevin_noise(noise_key, first_step, first_chain, stream, out, torch.get_num_threads())
+    return out if fits else None
 
 
 def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor | None:

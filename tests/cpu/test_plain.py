@@ -6,7 +6,7 @@ from reference import moved, plain_update, random_mlp
 from torch import nn
 
 import jlebm_fast as jf
-from jlebm_fast import fused_energy, ops
+from jlebm_fast import fused_energy, ops, rng
 from jlebm_fast.backends import _native, cpu, cpu_plain
 from jlebm_fast.problem import MLP, MLPSpec, Record, Update
 
@@ -56,6 +56,44 @@ def test_chains_and_steps_have_the_bits_of_the_backend(changes):
         first, first_by_number = update.at_step(0), by_number.at_step(0)
         found = cpu_plain.langevin_step(z, z + 1, first)
         assert torch.equal(found, cpu.langevin_step(z, z + 1, first_by_number))
+
+
+NOISE = (5, 3, 2, 7, 1, 4, 2, torch.device("cpu"), torch.float32)  # key, shape, place, stream
+
+
+def test_noise_has_the_bits_of_the_backend():
+    for key in (0, 5, 2**64 - 1):
+        found = cpu_plain.langevin_noise(key, *NOISE[1:])
+        assert torch.equal(found, cpu.langevin_noise(key, 3, 2, 7, first_step=1, first_chain=4, stream=2))
+        assert torch.equal(found, cpu_plain.langevin_noise(rng.key_tensor(key), *NOISE[1:]))
+    assert cpu_plain.langevin_noise(5, 3, 0, 7, *NOISE[4:]).shape == (3, 0, 7)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *[(0, key) for key in (-1, 2**64, True, 1.0, None, torch.tensor([1.0]), torch.tensor([1, 2]))],
+        *[(place, size) for place in (1, 2, 3) for size in (-1, True, 2.0, None)],
+        *[(place, counter) for place in (4, 5, 6) for counter in (-1, 2**32, True, 1.0, None)],
+        (7, torch.device("meta")),
+        (8, torch.float64),
+        (8, torch.float16),
+    ],
+)
+def test_noise_that_is_not_plain_is_left_to_the_checks(place, value, monkeypatch):
+    arguments = (*NOISE[:place], value, *NOISE[place + 1 :])
+    assert cpu_plain.langevin_noise(*arguments) is None
+
+    def run():
+        try:
+            return ops.direct_noise(*arguments, "cpu")
+        except ValueError as error:
+            return str(error)
+
+    found = run()
+    monkeypatch.setattr(cpu_plain, "_kernels", lambda: None)
+    assert found == run()
+    assert isinstance(found, str)
 
 
 @pytest.mark.parametrize("head", ["identity", "logsumexp", "logit"])
@@ -196,13 +234,14 @@ def test_the_doors_come_through_here(monkeypatch):
             ops.langevin_step(z, z, update.at_step(0)),
             *ops.mlp_energy_grad(z, mlp),
             f(z).detach(),
+            ops.langevin_noise(3, 1, 2, 3),
             jf.FastLangevin(f, n_steps=4)(z),
         )
 
     monkeypatch.setattr(cpu_plain, "_kernels", lambda: None)
     expected = runs()
     monkeypatch.undo()
-    for name in ("mlp_langevin_chain", "langevin_step", "mlp_energy_grad", "mlp_energy_layers"):
+    for name in ("mlp_langevin_chain", "langevin_noise", "langevin_step", "mlp_energy_grad", "mlp_energy_layers"):
         monkeypatch.delattr(cpu, name)
     for a, b in zip(runs(), expected, strict=True):
         assert torch.equal(a, b)
