@@ -50,12 +50,14 @@ struct DlExchange {
 // Set once by read_tensors_through, under the interpreter's lock.
 const DlExchange* exchange = nullptr;
 PyTypeObject *tensor_class = nullptr, *parameter_class = nullptr;
+int32_t widest_layer = 0;
 
-bool read_tensors_through(py::handle capsule, py::handle tensor, py::handle parameter) {
+bool read_tensors_through(py::handle capsule, py::handle tensor, py::handle parameter, int32_t widest) {
     const auto* found = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (found == nullptr) throw py::error_already_set();
     if (found->header.major != 1 || found->tensor_from_object == nullptr) return false;
     exchange = found;
+    widest_layer = widest;
     tensor_class = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
     parameter_class = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
     return true;
@@ -158,7 +160,9 @@ bool mlp_of(py::handle record, int64_t chains, int64_t dim, MlpParams& p) {
     mlp_constants(numbers, p);
     Fields weights(fields.next()), biases(fields.next());
     const size_t n_layers = size_t(p.n_hidden) + 1;
-    if (p.dim() != dim || weights.size() != n_layers || biases.size() != n_layers) return false;
+    if (p.dim() != dim || *std::max_element(p.widths, p.widths + n_layers + 1) > widest_layer ||
+        weights.size() != n_layers || biases.size() != n_layers)
+        return false;
     for (size_t l = 0; l < n_layers; ++l)
         if (!array_of(weights.next(), kFloat32, {p.widths[l + 1], p.widths[l]}, p.weights[l]) ||
             !array_or_none(biases.next(), kFloat32, {p.widths[l + 1]}, p.biases[l]))
@@ -270,7 +274,8 @@ bool plain(Handles... arguments) {
 
 void bind_plain(py::module_& m) {
     m.def("read_tensors_through", &read_tensors_through, py::arg("capsule"), py::arg("tensor"), py::arg("parameter"),
-          "give the plain calls DLPack's table and torch's classes; whether the table is one that they know");
+          py::arg("widest"),
+          "give the plain calls DLPack's table, torch's classes and the widest layer; whether they know the table");
     m.def("plain_langevin_noise",
           &plain<langevin_noise, py::handle, py::handle, py::handle, py::handle, py::handle, int>);
     m.def("plain_langevin_step", &plain<langevin_step, py::handle, py::handle, py::handle, py::handle, int>);

@@ -171,6 +171,17 @@ _WATCHERS = functools.reduce(
 )
 
 
+def _mlp_energy_grad_autograd(keyset, *args):
+    if torch.is_grad_enabled():
+        forward_mode = forward_ad._current_level >= 0
+        if forward_mode or torch._C._any_requires_grad(*args[:4]):
+            if forward_mode or torch._C._functorch.peek_interpreter_stack() is not None:
+                return _by_formulas(*args)
+            z, weights, biases, context_bias, logit, *constants = args
+            return _EnergyGrad.apply(keyset, len(weights), constants, z, context_bias, logit, *weights, *biases)
+    return _below_autograd(keyset, *args)
+
+
 def _below_autograd(keyset, *args):
     """mlp_energy_grad without its formula: the kernel at once where nobody looks on, since a second pass through the
     dispatcher would convert all arguments there and back once more."""
@@ -178,16 +189,6 @@ def _below_autograd(keyset, *args):
         return _mlp_energy_grad(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operators.mlp_energy_grad.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-
-def _mlp_energy_grad_autograd(keyset, z, weights, biases, context_bias, logit, *constants):
-    if torch.is_grad_enabled():
-        forward_mode = forward_ad._current_level >= 0
-        if forward_mode or torch._C._any_requires_grad(z, weights, biases, context_bias):
-            if forward_mode or torch._C._functorch.peek_interpreter_stack() is not None:
-                return _by_formulas(z, weights, biases, context_bias, logit, *constants)
-            return _EnergyGrad.apply(keyset, len(weights), constants, z, context_bias, logit, *weights, *biases)
-    return _below_autograd(keyset, z, weights, biases, context_bias, logit, *constants)
 
 
 def _by_formulas(z, weights, biases, context_bias, logit, spec, out_scale, backend, asked):

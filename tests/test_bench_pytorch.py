@@ -1,11 +1,13 @@
 """The benchmark of what surrounds the kernels: it runs, compares before it times, and reports what it says."""
 
+import functools
 import json
 import sys
 
 import pytest
 import torch
 
+from jlebm_fast import backends
 from jlebm_fast.backends import _native
 from jlebm_fast.bench import pytorch
 
@@ -34,6 +36,8 @@ def test_energy(what):
 
 def test_command_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pytorch, "least_microseconds", lambda run, **_: (run(), 1.0)[1])
+    few = functools.partial(pytorch.microseconds_in_turns, bursts=3, calls=1)
+    monkeypatch.setattr(pytorch, "microseconds_in_turns", few)
     out = tmp_path / "found.json"
     monkeypatch.setattr(sys, "argv", ["pytorch", "--only", "overhead", "sample", "--out", str(out)])
     threads = torch.get_num_threads()
@@ -41,5 +45,6 @@ def test_command_line(monkeypatch, tmp_path, capsys):
     torch.set_num_threads(threads)
     found = json.loads(out.read_text())
     assert found == json.loads(capsys.readouterr().out)
-    assert [row["op"] for row in found["overhead"]] == ["langevin_step", "mlp_energy_grad", "mlp_langevin_chain"]
+    assert [row["op"] for row in found["overhead"]] == list(backends.OPS)
+    assert all(row["least"]["torch_add_us"] <= row["median"]["torch_add_us"] for row in found["overhead"])
     assert len(found["load"]) == 3

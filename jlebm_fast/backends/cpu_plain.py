@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..problem import MLP, Update
 from . import _native
-from .cpu import empty_layers, fits_lanes
+from .cpu import WIDEST_LANES_LAYER, empty_layers
 
 # what may be answered here: "cpu" is the first choice of "auto" for what is plain
 BACKENDS = ("auto", "cpu")
+_CLASSES = (Tensor, nn.Parameter)
 _CPU = torch.device("cpu")
 
 
@@ -29,12 +30,7 @@ def _kernels() -> ModuleType | None:
     if capsule is None or _native.unavailable_reason() is not None:
         return None
     native = _native.load()
-    return native if native.read_tensors_through(capsule, Tensor, nn.Parameter) else None
-
-
-def _is_plain(z: object) -> bool:
-    """Whether results like z can be made; all else is checked natively."""
-    return (type(z) is Tensor or type(z) is nn.Parameter) and z.is_cpu and z.dtype is torch.float32
+    return native if native.read_tensors_through(capsule, *_CLASSES, WIDEST_LANES_LAYER) else None
 
 
 def langevin_noise(
@@ -62,7 +58,7 @@ def langevin_noise(
 
 def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor | None:
     native = _kernels()
-    if native is None or not _is_plain(z):
+    if native is None or type(z) not in _CLASSES or not z.is_cpu:
         return None
     out = torch.empty_like(z)
     return out if native.plain_langevin_step(z, grad, update, out, torch.get_num_threads()) else None
@@ -70,7 +66,7 @@ def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor | None:
 
 def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor] | None:
     native = _kernels()
-    if native is None or not _is_plain(z) or z.ndim != 2 or not fits_lanes(mlp.spec):
+    if native is None or type(z) not in _CLASSES or not z.is_cpu or z.ndim != 2:
         return None
     energy, grad = z.new_empty(z.shape[0]), torch.empty_like(z)
     fits = native.plain_mlp_energy_grad(z, mlp, energy, grad, torch.get_num_threads())
@@ -81,7 +77,7 @@ def mlp_energy_layers(
     z: Tensor, mlp: MLP, *, layers: bool, grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
     native = _kernels()
-    if native is None or not _is_plain(z) or z.ndim != 2 or not fits_lanes(mlp.spec):
+    if native is None or type(z) not in _CLASSES or not z.is_cpu or z.ndim != 2:
         return None
     results = empty_layers(z, mlp, layers, grad)
     return results if native.plain_mlp_energy_layers(z, mlp, *results, torch.get_num_threads()) else None
@@ -90,7 +86,7 @@ def mlp_energy_layers(
 def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int) -> Tensor | None:
     """The end of a chain that nothing is recorded of."""
     native = _kernels()
-    if native is None or not _is_plain(z) or not fits_lanes(mlp.spec):
+    if native is None or type(z) not in _CLASSES or not z.is_cpu:
         return None
     out = torch.empty_like(z)
     fits = native.plain_mlp_langevin_chain(z, mlp, update, n_steps, out, torch.get_num_threads())

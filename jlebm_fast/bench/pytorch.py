@@ -24,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from jlebm_fast import FastLangevin, ops, registration
+from jlebm_fast import FastLangevin, ops, registration, rng
 from jlebm_fast.backends import _native, cpu, eager
 from jlebm_fast.bench import machine, report
 from jlebm_fast.bench.cases import CASES, LEBM, mlp_of
@@ -155,8 +155,33 @@ def least_microseconds(run: Callable[[], object], bursts: int = 300, calls: int 
     return 1e6 * best
 
 
+def microseconds_in_turns(runs: dict[str, Callable[[], object]], bursts: int = 300, calls: int = 50) -> dict:
+    """Of each the quickest and the median burst, microseconds per call; the bursts take turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(bursts):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            times[name].append(1e6 * (time.perf_counter() - start) / calls)
+    return {name: {"least": min(t), "median": statistics.median(t)} for name, t in times.items()}
+
+
+def empty_operator(name: str, results: object) -> Callable[..., object]:
+    """An operator of torch.library with the schema of ours that does nothing: what the mechanism alone costs."""
+    library = torch.library.Library("jlebm_fast_bench", "FRAGMENT")  # its operators live as long as it does
+    library.define(name + registration.SCHEMAS[name])
+    library.impl(name, lambda *arguments: results, "CPU")
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    operator = getattr(torch.ops.jlebm_fast_bench, name).default
+    return lambda *arguments, _library=library: operator(*arguments)
+
+
 def overhead() -> list[dict[str, object]]:
-    """One chain of four dimensions: microseconds beyond the native call, by ops.py and by the registered operator."""
+    """One chain of four dimensions: microseconds beyond the native call, by ops.py and by the registered operator.
+
+    Beside them what tells a quick machine from a slow one: the empty operator with the same arguments, and torch.add.
+    """
     spec = MLPSpec((4, 4, 1), ("leaky_relu",), (0.2,))
     mlp = MLP(spec, (torch.ones(4, 4), torch.ones(1, 4)), (torch.ones(4), torch.ones(1)))
     z, update = torch.ones(1, 4), Update(torch.ones(1, 3), prior_precision=torch.ones(4), noise_key=1)
@@ -164,19 +189,29 @@ def overhead() -> list[dict[str, object]]:
     address = cpu._Addresses()
     fields, update_fields = cpu._mlp_fields(mlp, address), cpu._update_fields(update, address)
     spread_mlp, spread_update = registration.spread_mlp(mlp), registration.spread_update(update)
-    at, to, operators = z.data_ptr(), out.data_ptr(), registration.operators
+    at, to = z.data_ptr(), out.data_ptr()
+    place = {"noise_key": 1, "first_step": 0, "first_chain": 0, "stream": 0, "n_steps": 1, "chains": 1, "dim": 4}
+    # the native call by addresses, the function, what the operator takes, what it gives
     rows = {
+        "langevin_noise": (
+            lambda: native.cpu_langevin_noise(**place, out=to, n_threads=1),
+            lambda: ops.langevin_noise(1, 1, 1, 4),
+            (rng.key_tensor(1), 1, 1, 4, 0, 0, 0, z.device, z.dtype, "auto"),
+            out[None],
+        ),
         "langevin_step": (
             lambda: native.cpu_langevin_step(chains=1, dim=4, z=at, grad=at, update=update_fields, out=to, n_threads=1),
             lambda: ops.langevin_step(z, z, update),
-            lambda: operators.langevin_step.default(z, z, *spread_update, "auto"),
+            (z, z, *spread_update, "auto"),
+            out,
         ),
         "mlp_energy_grad": (
             lambda: native.cpu_mlp_energy_grad(
                 chains=1, z=at, mlp=fields, energy=value.data_ptr(), grad=to, n_threads=1
             ),
             lambda: ops.mlp_energy_grad(z, mlp),
-            lambda: operators.mlp_energy_grad.default(z, *spread_mlp, "auto", None),
+            (z, *spread_mlp, "auto", None),
+            (value, out),
         ),
         "mlp_langevin_chain": (
             lambda: native.cpu_mlp_langevin_chain(
@@ -190,23 +225,32 @@ def overhead() -> list[dict[str, object]]:
                 n_threads=1,
             ),
             lambda: ops.mlp_langevin_chain(z, mlp, update, 1),
-            lambda: operators.mlp_langevin_chain.default(
-                z, *spread_mlp, *spread_update, 1, False, False, 1, "auto", None
-            ),
+            (z, *spread_mlp, *spread_update, 1, False, False, 1, "auto", None),
+            [out],
         ),
     }
     found = []
     with torch.no_grad():
-        for name, (kernel, function, operator) in rows.items():
-            kernel_us, function_us, operator_us = (least_microseconds(run) for run in (kernel, function, operator))
-            found.append(
-                {
-                    "op": name,
-                    "native_call_us": kernel_us,
-                    "ops_overhead_us": function_us - kernel_us,
-                    "operator_overhead_us": operator_us - kernel_us,
+        for name, (kernel, function, arguments, results) in rows.items():
+            runs = {
+                "native_call": kernel,
+                "function": function,
+                "operator": functools.partial(getattr(registration.operators, name).default, *arguments),
+                "empty_operator": functools.partial(empty_operator(name, results), *arguments),
+                "torch_add": functools.partial(torch.add, z, z),
+            }
+            us = microseconds_in_turns(runs)
+            row: dict[str, object] = {"op": name}
+            for kind in ("least", "median"):
+                at_rest = us["native_call"][kind]
+                row[kind] = {
+                    "native_call_us": at_rest,
+                    "ops_overhead_us": us["function"][kind] - at_rest,
+                    "operator_overhead_us": us["operator"][kind] - at_rest,
+                    "empty_operator_us": us["empty_operator"][kind],
+                    "torch_add_us": us["torch_add"][kind],
                 }
-            )
+            found.append(row)
     return found
 
 
