@@ -16,6 +16,13 @@
 namespace jlebm {
 namespace {
 
+// z, grad: torch has tensors without memory, the zeros of its forward-mode gradients
+const float* held(Address address, const char* name) {
+    if (address == 0)
+        throw std::invalid_argument(std::string(name) + " has no memory: pass a copy, " + name + ".clone()");
+    return at<const float>(address);
+}
+
 void cpu_langevin_noise(uint64_t noise_key, uint32_t first_step, uint32_t first_chain, uint32_t stream, int64_t n_steps,
                         int64_t chains, int64_t dim, Address out, int n_threads) {
     LangevinNoiseParams p{noise_key, first_step, first_chain, stream, n_steps, chains, dim, at<float>(out)};
@@ -25,20 +32,20 @@ void cpu_langevin_noise(uint64_t noise_key, uint32_t first_step, uint32_t first_
 
 void cpu_langevin_step(int64_t chains, int64_t dim, Address z, Address grad, const UpdateParams& update, Address out,
                        int n_threads) {
-    LangevinStepParams p{chains, dim, at<const float>(z), at<const float>(grad), update, at<float>(out)};
+    LangevinStepParams p{chains, dim, held(z, "z"), held(grad, "grad"), update, at<float>(out)};
     const py::gil_scoped_release unlocked;
     cpu_kernels().langevin_step(p, n_threads);
 }
 
 void cpu_mlp_energy_grad(int64_t chains, Address z, const MlpParams& mlp, Address energy, Address grad, int n_threads) {
-    MlpEnergyGradParams p{chains, at<const float>(z), mlp, at<float>(energy), at<float>(grad)};
+    MlpEnergyGradParams p{chains, held(z, "z"), mlp, at<float>(energy), at<float>(grad)};
     const py::gil_scoped_release unlocked;
     cpu_kernels().mlp_energy_grad(p, n_threads);
 }
 
 void cpu_mlp_energy_layers(int64_t chains, Address z, const MlpParams& mlp, Address energy, Address hidden,
                            Address delta, Address grad, int n_threads) {
-    MlpEnergyLayersParams p{chains,           at<const float>(z), mlp, at<float>(energy), at<float>(hidden),
+    MlpEnergyLayersParams p{chains,           held(z, "z"),   mlp, at<float>(energy), at<float>(hidden),
                             at<float>(delta), at<float>(grad)};
     const py::gil_scoped_release unlocked;
     cpu_kernels().mlp_energy_layers(p, n_threads);
@@ -48,7 +55,7 @@ void cpu_mlp_langevin_chain(int64_t chains, int64_t n_steps, Address z, const Ml
                             const UpdateParams& update, const RecordParams& record, Address out, int n_threads) {
     MlpLangevinChainParams p;
     p.chains = chains, p.n_steps = n_steps;
-    p.z = at<const float>(z), p.out = at<float>(out);
+    p.z = held(z, "z"), p.out = at<float>(out);
     p.mlp = mlp, p.update = update, p.record = record;
     const py::gil_scoped_release unlocked;
     cpu_kernels().mlp_langevin_chain(p, n_threads);

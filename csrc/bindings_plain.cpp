@@ -80,7 +80,8 @@ bool tensor_of(py::handle object, DlType type, DlTensor& t) {
         items *= t.shape[d];
     }
     t.data = static_cast<char*>(t.data) + t.byte_offset;
-    return packed || items == 0;
+    // without memory: the zeros that autograd writes down without making them
+    return items == 0 || (packed && t.data != nullptr);
 }
 
 bool has_shape(const DlTensor& t, std::initializer_list<int64_t> shape) {
@@ -184,6 +185,21 @@ bool update_of(py::handle record, int64_t chains, int64_t dim, int64_t n_steps, 
            array_or_none(fields.next(), kFloat32, {chains, dim}, p.extra_grad);
 }
 
+// ChainResult, to be written
+bool result_of(py::handle record, py::handle thin, MlpLangevinChainParams& p, int64_t dim) {
+    Fields fields(record);
+    if (fields.size() != 6 || !integer_of(thin, std::numeric_limits<int64_t>::max(), p.record.thin) ||
+        p.record.thin == 0)
+        return false;
+    const int64_t kept = p.n_steps / p.record.thin;
+    return array_of(fields.next(), kFloat32, {p.chains, dim}, p.out) &&
+           array_or_none(fields.next(), kFloat32, {kept, p.chains}, p.record.energy) &&
+           array_or_none(fields.next(), kFloat32, {kept, p.chains}, p.record.grad_norm) &&
+           array_or_none(fields.next(), kFloat32, {kept, p.chains}, p.record.displacement) &&
+           array_or_none(fields.next(), kInt64, {p.chains}, p.record.first_bad_step) &&
+           array_or_none(fields.next(), kFloat32, {kept, p.chains, dim}, p.record.trajectory);
+}
+
 // --- the operations
 
 bool langevin_noise(py::handle noise_key, py::handle first_step, py::handle first_chain, py::handle stream,
@@ -241,13 +257,13 @@ bool mlp_energy_layers(py::handle z, py::handle mlp, py::handle energy, py::hand
     return true;
 }
 
-bool mlp_langevin_chain(py::handle z, py::handle mlp, py::handle update, py::handle n_steps, py::handle out,
-                        int n_threads) {
+bool mlp_langevin_chain(py::handle z, py::handle mlp, py::handle update, py::handle n_steps, py::handle thin,
+                        py::handle result, int n_threads) {
     MlpLangevinChainParams p;
     int64_t dim;
     if (!integer_of(n_steps, std::numeric_limits<int64_t>::max(), p.n_steps) || !z_of(z, p.chains, dim, p.z) ||
         !mlp_of(mlp, p.chains, dim, p.mlp) || !update_of(update, p.chains, dim, p.n_steps, p.update) ||
-        !array_of(out, kFloat32, {p.chains, dim}, p.out))
+        !result_of(result, thin, p, dim))
         return false;
     if (p.chains == 0) return true;
     const py::gil_scoped_release unlocked;
@@ -283,7 +299,7 @@ void bind_plain(py::module_& m) {
     m.def("plain_mlp_energy_layers",
           &plain<mlp_energy_layers, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, int>);
     m.def("plain_mlp_langevin_chain",
-          &plain<mlp_langevin_chain, py::handle, py::handle, py::handle, py::handle, py::handle, int>);
+          &plain<mlp_langevin_chain, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, int>);
 }
 
 } // namespace jlebm

@@ -136,11 +136,11 @@ def direct_step(z: Tensor, grad: Tensor, update: Update, backend: str) -> Tensor
     check_like("grad", grad, (tuple(z.shape),), z)
     check_update(update, z, 1)
     chosen = backends.choose("langevin_step", backend, device=z.device, dtype=z.dtype, update=update)
-    update = _update_for(chosen, update, z.device)
+    z, grad, update = _in_memory(z), _in_memory(grad), _update_for(chosen, update, z.device)
     if not _attached(z.device):
-        return chosen.langevin_step(z.contiguous(), grad.contiguous(), update)
+        return chosen.langevin_step(z, grad, update)
     with chain_mode(z.device):
-        return chosen.langevin_step(z.contiguous(), grad.contiguous(), update)
+        return chosen.langevin_step(z, grad, update)
 
 
 def direct_energy_grad(z: Tensor, mlp: MLP, backend: str) -> tuple[Tensor, Tensor]:
@@ -149,10 +149,11 @@ def direct_energy_grad(z: Tensor, mlp: MLP, backend: str) -> tuple[Tensor, Tenso
         if found is not None:
             return found
     chosen = backend_of_energy_grad(z, mlp, backend)
+    z = _in_memory(z)
     if not _attached(z.device):
-        return chosen.mlp_energy_grad(z.contiguous(), mlp)
+        return chosen.mlp_energy_grad(z, mlp)
     with chain_mode(z.device):
-        return chosen.mlp_energy_grad(z.contiguous(), mlp)
+        return chosen.mlp_energy_grad(z, mlp)
 
 
 def backend_of_energy_grad(z: Tensor, mlp: MLP, backend: str) -> ModuleType:
@@ -163,19 +164,20 @@ def backend_of_energy_grad(z: Tensor, mlp: MLP, backend: str) -> ModuleType:
 
 
 def direct_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str) -> ChainResult:
-    if record == NOTHING and backend in cpu_plain.BACKENDS:
-        out = cpu_plain.mlp_langevin_chain(z, mlp, update, n_steps)
-        if out is not None:
-            return ChainResult(out)
+    if backend in cpu_plain.BACKENDS:
+        found = cpu_plain.mlp_langevin_chain(z, mlp, update, n_steps, record)
+        if found is not None:
+            return found
     check_z(z, mlp.spec.dim)
     check_mlp(mlp, z)
     check_count("n_steps", n_steps)
     check_update(update, z, n_steps)
     check_thin(record.thin)
+    z = _in_memory(z)
     if not _attached(z.device):
-        return _chosen_chain(z.contiguous(), mlp, update, n_steps, record, backend)
+        return _chosen_chain(z, mlp, update, n_steps, record, backend)
     with chain_mode(z.device):
-        return _chosen_chain(z.contiguous(), mlp, update, n_steps, record, backend)
+        return _chosen_chain(z, mlp, update, n_steps, record, backend)
 
 
 def sampler_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str) -> ChainResult:
@@ -184,10 +186,10 @@ def sampler_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Rec
     """
     if watched(z):
         return registration().mlp_langevin_chain(z, mlp, update, n_steps, record, backend)
-    if record == NOTHING and backend in cpu_plain.BACKENDS:
-        out = cpu_plain.mlp_langevin_chain(z, mlp, update, n_steps)
-        if out is not None:
-            return ChainResult(out)
+    if backend in cpu_plain.BACKENDS:
+        found = cpu_plain.mlp_langevin_chain(z, mlp, update, n_steps, record)
+        if found is not None:
+            return found
     check_z(z, mlp.spec.dim)
     check_mlp(mlp, z)
     check_counter("first_step", update.first_step)
@@ -199,6 +201,11 @@ def _chosen_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Rec
     device = z.device
     chosen = backends.choose("mlp_langevin_chain", backend, device=device, dtype=z.dtype, spec=mlp.spec, update=update)
     return chosen.mlp_langevin_chain(z, mlp, _update_for(chosen, update, device), n_steps, record)
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """Row after row, and with its sign: the imaginary part of a conjugate is kept as its negative."""
+    return tensor.contiguous().resolve_neg()
 
 
 def _attached(device: torch.device) -> bool:

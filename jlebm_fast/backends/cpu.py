@@ -162,23 +162,13 @@ def empty_layers(
 
 def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:
     """n_steps updates with the MLP's own gradient."""
-    chains, dim = z.shape
-    n_kept = n_steps // record.thin
-    energy = grad_norm = displacement = first_bad_step = trajectory = None
-    fused = fits_lanes(mlp.spec)
-    if record.diagnostics:
-        # each in memory of its own: results of a registered operator must not be views of one another
-        energy = z.new_empty(n_kept, chains)
-        grad_norm, displacement = torch.empty_like(energy), torch.empty_like(energy)
-        first_bad_step = z.new_empty(chains, dtype=torch.int64)
-        if not fused:  # the kernel begins each chain with -1 itself
-            first_bad_step.fill_(-1)
-    if record.trajectory:
-        trajectory = z.new_empty((n_kept, chains, dim))
-    result = ChainResult(torch.empty_like(z), energy, grad_norm, displacement, first_bad_step, trajectory)
+    result = empty_result(z, n_steps, record)
+    chains = z.shape[0]
     if chains == 0:
         return result
-    if not fused:
+    if not fits_lanes(mlp.spec):
+        if result.first_bad_step is not None:  # the kernel of whole chains begins each with -1 itself
+            result.first_bad_step.fill_(-1)
         cpu_blas.mlp_langevin_chain(z, mlp, update, n_steps, record, result, langevin_step)
         return result
     address = _Addresses()
@@ -193,6 +183,20 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
         n_threads=torch.get_num_threads(),
     )
     return result
+
+
+def empty_result(z: Tensor, n_steps: int, record: Record) -> ChainResult:
+    """What `mlp_langevin_chain` fills. Each in memory of its own: results of a registered operator must not be views of
+    one another."""
+    (chains, dim), n_kept = z.shape, n_steps // record.thin
+    energy = grad_norm = displacement = first_bad_step = trajectory = None
+    if record.diagnostics:
+        energy = z.new_empty(n_kept, chains)
+        grad_norm, displacement = torch.empty_like(energy), torch.empty_like(energy)
+        first_bad_step = z.new_empty(chains, dtype=torch.int64)
+    if record.trajectory:
+        trajectory = z.new_empty((n_kept, chains, dim))
+    return ChainResult(torch.empty_like(z), energy, grad_norm, displacement, first_bad_step, trajectory)
 
 
 class _Addresses(list):

@@ -13,9 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..problem import MLP, Update
+from ..problem import MLP, ChainResult, Record, Update
 from . import _native
-from .cpu import WIDEST_LANES_LAYER, empty_layers
+from .cpu import WIDEST_LANES_LAYER, empty_layers, empty_result
 
 # what may be answered here: "cpu" is the first choice of "auto" for what is plain
 BACKENDS = ("auto", "cpu")
@@ -31,6 +31,11 @@ def _kernels() -> ModuleType | None:
         return None
     native = _native.load()
     return native if native.read_tensors_through(capsule, *_CLASSES, WIDEST_LANES_LAYER) else None
+
+
+def _is_usual(tensor: Tensor) -> bool:
+    """On the CPU, of torch's own class, and its memory holds its values, not their negatives (a conjugate's imag)."""
+    return type(tensor) in _CLASSES and tensor.is_cpu and not tensor.is_neg()
 
 
 def langevin_noise(
@@ -58,7 +63,7 @@ def langevin_noise(
 
 def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor | None:
     native = _kernels()
-    if native is None or type(z) not in _CLASSES or not z.is_cpu:
+    if native is None or not _is_usual(z) or not _is_usual(grad):
         return None
     out = torch.empty_like(z)
     return out if native.plain_langevin_step(z, grad, update, out, torch.get_num_threads()) else None
@@ -66,7 +71,7 @@ def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor | None:
 
 def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor] | None:
     native = _kernels()
-    if native is None or type(z) not in _CLASSES or not z.is_cpu or z.ndim != 2:
+    if native is None or not _is_usual(z) or z.ndim != 2:
         return None
     energy, grad = z.new_empty(z.shape[0]), torch.empty_like(z)
     fits = native.plain_mlp_energy_grad(z, mlp, energy, grad, torch.get_num_threads())
@@ -77,17 +82,26 @@ def mlp_energy_layers(
     z: Tensor, mlp: MLP, *, layers: bool, grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
     native = _kernels()
-    if native is None or type(z) not in _CLASSES or not z.is_cpu or z.ndim != 2:
+    if native is None or not _is_usual(z) or z.ndim != 2:
         return None
     results = empty_layers(z, mlp, layers, grad)
     return results if native.plain_mlp_energy_layers(z, mlp, *results, torch.get_num_threads()) else None
 
 
-def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int) -> Tensor | None:
-    """The end of a chain that nothing is recorded of."""
+def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult | None:
     native = _kernels()
-    if native is None or type(z) not in _CLASSES or not z.is_cpu:
+    if native is None or not _is_usual(z):
         return None
-    out = torch.empty_like(z)
-    fits = native.plain_mlp_langevin_chain(z, mlp, update, n_steps, out, torch.get_num_threads())
-    return out if fits else None
+    thin = record.thin
+    if record.diagnostics or record.trajectory:
+        # what would make the results' shapes, before they are made
+        if type(n_steps) is not int or type(thin) is not int or thin < 1 or z.ndim != 2:
+            return None
+        rows = update.step_coefficients
+        if type(rows) not in _CLASSES or rows.ndim != 2 or rows.shape[0] != n_steps:
+            return None
+        result = empty_result(z, n_steps, record)
+    else:
+        result = ChainResult(torch.empty_like(z))
+    fits = native.plain_mlp_langevin_chain(z, mlp, update, n_steps, thin, result, torch.get_num_threads())
+    return result if fits else None

@@ -44,6 +44,12 @@ UPDATES = {
 }
 
 
+def assert_same(found, expected):
+    for name, a, b in zip(expected._fields, found, expected, strict=True):
+        assert (a is None) == (b is None), name
+        assert a is None or torch.equal(a, b), name
+
+
 @pytest.mark.parametrize("changes", UPDATES.values(), ids=UPDATES)
 def test_chains_and_steps_have_the_bits_of_the_backend(changes):
     z, mlp = problem()
@@ -51,8 +57,9 @@ def test_chains_and_steps_have_the_bits_of_the_backend(changes):
         noise = {"noise": normal(STEPS, CHAINS, DIM, seed=9)} if more else {}
         update = plain_update(STEPS, DIM, **changes, **noise)
         by_number = update._replace(noise_key=ops.key_number(update.noise_key))
-        found = cpu_plain.mlp_langevin_chain(z, mlp, update, STEPS)
-        assert torch.equal(found, cpu.mlp_langevin_chain(z, mlp, by_number, STEPS, Record()).z)
+        for record in (Record(), Record(diagnostics=True), Record(trajectory=True, thin=2), Record(True, True, 9)):
+            found = cpu_plain.mlp_langevin_chain(z, mlp, update, STEPS, record)
+            assert_same(found, cpu.mlp_langevin_chain(z, mlp, by_number, STEPS, record))
         first, first_by_number = update.at_step(0), by_number.at_step(0)
         found = cpu_plain.langevin_step(z, z + 1, first)
         assert torch.equal(found, cpu.langevin_step(z, z + 1, first_by_number))
@@ -116,8 +123,9 @@ def test_energies_have_the_bits_of_the_backend(head, context):
 def test_nothing_to_do(chains, n_steps):
     mlp, update = random_mlp((DIM, 8, 1)), plain_update(n_steps, DIM)
     z = normal(chains, DIM)
-    found = cpu_plain.mlp_langevin_chain(z, mlp, update, n_steps)
-    assert torch.equal(found, cpu.mlp_langevin_chain(z, mlp, update, n_steps, Record()).z)
+    for record in (Record(), Record(True, True)):
+        found = cpu_plain.mlp_langevin_chain(z, mlp, update, n_steps, record)
+        assert_same(found, cpu.mlp_langevin_chain(z, mlp, update, n_steps, record))
     energy, grad = cpu_plain.mlp_energy_grad(z, mlp)
     assert energy.shape == (chains,)
     assert grad.shape == (chains, DIM)
@@ -143,6 +151,8 @@ NOT_PLAIN = {
     "z sparse": lambda z, m, u, n: (z.to_sparse(), m, u, n),
     "z without values": lambda z, m, u, n: (z.to("meta"), m, u, n),
     "z of a subclass": lambda z, m, u, n: (z.as_subclass(Subclass), m, u, n),
+    "z as its negative": lambda z, m, u, n: (torch._neg_view(z), m, u, n),
+    "z without memory": lambda z, m, u, n: (torch._efficientzerotensor(CHAINS, DIM), m, u, n),
     "z no tensor": lambda z, m, u, n: (z.numpy(), m, u, n),
     "weight of another shape": lambda z, m, u, n: (z, _layer(m, weights=normal(8, 5)), u, n),
     "weight transposed": lambda z, m, u, n: (z, _layer(m, weights=normal(DIM, 8).t()), u, n),
@@ -194,7 +204,9 @@ def _fields(spec):
 def test_what_is_not_plain_is_left_to_the_checks(change, monkeypatch):
     z, mlp = problem()
     z, mlp, update, n_steps = change(z, mlp, plain_update(STEPS, DIM), STEPS)
-    assert cpu_plain.mlp_langevin_chain(z, mlp, update, n_steps) is None
+    for record in (Record(), Record(True, True)):
+        if isinstance(update, Update) or record == Record():
+            assert cpu_plain.mlp_langevin_chain(z, mlp, update, n_steps, record) is None
     if not isinstance(update, Update):
         return
 
@@ -219,7 +231,7 @@ def test_calls_that_are_not_plain_in_what_only_they_take():
     assert cpu_plain.mlp_energy_grad(z[0], mlp) is None
     wide = random_mlp((DIM, cpu.WIDEST_LANES_LAYER + 1, 1))
     assert cpu_plain.mlp_energy_grad(z, wide) is None
-    assert cpu_plain.mlp_langevin_chain(z, wide, update, 1) is None
+    assert cpu_plain.mlp_langevin_chain(z, wide, update, 1, Record()) is None
 
 
 def test_the_doors_come_through_here(monkeypatch):
@@ -236,6 +248,7 @@ def test_the_doors_come_through_here(monkeypatch):
             f(z).detach(),
             ops.langevin_noise(3, 1, 2, 3),
             jf.FastLangevin(f, n_steps=4)(z),
+            *jf.FastLangevin(f, n_steps=4).sample(z, return_info=True, return_trajectory=True)[1],
         )
 
     monkeypatch.setattr(cpu_plain, "_kernels", lambda: None)
@@ -261,7 +274,7 @@ def test_a_weight_that_does_not_fit_is_refused_by_forward(weight, plain, grad, m
         f(z)
 
 
-def test_another_backend_or_a_record_is_not_answered_here(monkeypatch):
+def test_another_backend_is_not_answered_here(monkeypatch):
     z, mlp = problem()
     update = plain_update(STEPS, DIM)
 
@@ -270,11 +283,36 @@ def test_another_backend_or_a_record_is_not_answered_here(monkeypatch):
 
     monkeypatch.setattr(cpu_plain, "mlp_langevin_chain", refuse)
     ops.mlp_langevin_chain(z, mlp, update, STEPS, backend="eager")
-    assert ops.mlp_langevin_chain(z, mlp, update, STEPS, Record(True)).energy is not None
-    with pytest.raises(ValueError, match="thin must be"):
-        ops.mlp_langevin_chain(z, mlp, update, STEPS, Record(thin=0))
     with pytest.raises(ValueError, match="backend must be"):
         ops.mlp_langevin_chain(z, moved(mlp), update, STEPS, backend="nobody")
+
+
+@pytest.mark.parametrize("thin", [0, -1, True, 1.0, None])
+@pytest.mark.parametrize("kept", [(False, False), (True, False), (False, True)])
+def test_a_thinning_that_is_none_is_left_to_the_checks(thin, kept):
+    z, mlp = problem()
+    with pytest.raises(ValueError, match="thin must be an integer >= 1"):
+        ops.mlp_langevin_chain(z, mlp, plain_update(STEPS, DIM), STEPS, Record(*kept, thin))
+
+
+def test_negatives_and_lazy_zeros_outside_of_plain_calls():
+    """torch keeps the imaginary part of a conjugate as its negative, and some zeros not at all."""
+    z, mlp = problem()
+    update = plain_update(STEPS, DIM)
+    for backend in ("cpu", "eager"):
+        found = ops.mlp_langevin_chain(torch._neg_view(z), mlp, update, STEPS, Record(True), backend=backend)
+        assert_same(found, ops.mlp_langevin_chain(-z, mlp, update, STEPS, Record(True), backend=backend))
+        assert torch.equal(
+            ops.mlp_energy_grad(torch._neg_view(z), mlp, backend=backend)[1],
+            ops.mlp_energy_grad(-z, mlp, backend=backend)[1],
+        )
+        first = update.at_step(0)
+        assert torch.equal(
+            ops.langevin_step(z, torch._neg_view(z), first, backend=backend),
+            ops.langevin_step(z, -z, first, backend=backend),
+        )
+    with pytest.raises(ValueError, match=r"z has no memory: pass a copy, z\.clone\(\)"):
+        ops.mlp_energy_grad(torch._efficientzerotensor(CHAINS, DIM), mlp)
 
 
 def test_mlp_records_of_other_sequences():
