@@ -89,17 +89,21 @@ def check_energy_grad(z, mlp):
 
 
 def check_energy_layers(z, mlp):
-    """f, grad f and the gradients of sum(f^2) in all parameters from h_l and delta_l, against autograd in float64."""
+    """f, grad f and the gradients of mean(f^2) in all parameters from h_l and delta_l, against autograd in float64.
+
+    The mean, as in a loss, has the scale of one chain, for which the rule is made: a sum of as many terms of either sign
+    adds up the roundings of all and cancels to what it likes, ours and plain torch's by turns.
+    """
     energy, hidden, delta, grad = cpu.mlp_energy_layers(z, mlp, layers=True, grad=True)
 
     def through_autograd(z, mlp):
         parameters = [p.clone().requires_grad_() for p in (*mlp.weights, *mlp.biases)]
         n = len(mlp.weights)
         value = eager.mlp_forward(z, mlp._replace(weights=parameters[:n], biases=parameters[n:]))[0]
-        return torch.autograd.grad(value.square().sum(), parameters, allow_unused=True)
+        return torch.autograd.grad(value.square().mean(), parameters, allow_unused=True)
 
     widths = mlp.spec.widths
-    scaled = (delta * (2 * energy)).split_with_sizes(widths[1:])
+    scaled = (delta * (2 * energy / len(z))).split_with_sizes(widths[1:])
     below = [z.t(), *hidden.split_with_sizes(widths[1:-1])]
     ours = [*(d @ h.t() for d, h in zip(scaled, below, strict=True)), *(d.sum(1) for d in scaled)]
     plain, oracle = through_autograd(z, mlp), through_autograd(z.double(), double(mlp))
