@@ -9,6 +9,7 @@
 // 2.10 and newer carry on their class: no header of torch is needed, and one build serves every torch.
 #include <algorithm>
 #include <initializer_list>
+#include <vector>
 
 #include "bindings_records.h"
 #include "cpu/kernels.h"
@@ -143,6 +144,62 @@ bool key_of(py::handle object, uint64_t& key) {
 
 // --- the records of problem.py
 
+// Latents as users hold them: one tensor, or layers that lie side by side in the kernels' [chains, dim]; each is
+// [chains, d_l] or [chains, d_l, 1, 1]. Several are copied into one array and back, which costs a small call less than
+// torch.cat and torch.split.
+constexpr size_t kMostLayers = 64;
+
+struct Layers {
+    size_t count = 0;
+    int64_t chains = 0, dim = 0;
+    float* rows[kMostLayers];
+    int64_t widths[kMostLayers];
+
+    bool read(py::handle latents) {
+        if (!PyList_Check(latents.ptr()) && !PyTuple_Check(latents.ptr())) return add(latents);
+        Fields layers(latents);
+        if (layers.size() == 0 || layers.size() > kMostLayers) return false;
+        for (size_t left = layers.size(); left > 0; --left)
+            if (!add(layers.next())) return false;
+        return true;
+    }
+
+    bool same_shapes(const Layers& other) const {
+        return count == other.count && chains == other.chains && std::equal(widths, widths + count, other.widths);
+    }
+
+    // [chains, dim]: the only layer where it stands, several copied into `flat`
+    const float* side_by_side(std::vector<float>& flat) const {
+        if (count == 1) return rows[0];
+        flat.resize(size_t(chains * dim));
+        each_row([](float* row, float* in_flat, int64_t n) { std::copy_n(row, n, in_flat); }, flat.data());
+        return flat.data();
+    }
+
+    // the layers from [chains, dim]
+    void take(float* flat) const {
+        each_row([](float* row, float* in_flat, int64_t n) { std::copy_n(in_flat, n, row); }, flat);
+    }
+
+private:
+    bool add(py::handle layer) {
+        DlTensor t;
+        if (!tensor_of(layer, kFloat32, t) || (t.n_dims != 2 && t.n_dims != 4)) return false;
+        if (t.n_dims == 4 && (t.shape[2] != 1 || t.shape[3] != 1)) return false;
+        if (count > 0 && t.shape[0] != chains) return false;
+        chains = t.shape[0], dim += t.shape[1];
+        rows[count] = static_cast<float*>(t.data), widths[count] = t.shape[1];
+        ++count;
+        return true;
+    }
+
+    template <class Copy>
+    void each_row(const Copy copy, float* flat) const {
+        for (size_t l = 0; l < count; flat += widths[l], ++l)
+            for (int64_t c = 0; c < chains; ++c) copy(rows[l] + c * widths[l], flat + c * dim, widths[l]);
+    }
+};
+
 bool z_of(py::handle object, int64_t& chains, int64_t& dim, const float*& data) {
     DlTensor t;
     if (!tensor_of(object, kFloat32, t) || t.n_dims != 2) return false;
@@ -185,15 +242,14 @@ bool update_of(py::handle record, int64_t chains, int64_t dim, int64_t n_steps, 
            array_or_none(fields.next(), kFloat32, {chains, dim}, p.extra_grad);
 }
 
-// ChainResult, to be written
-bool result_of(py::handle record, py::handle thin, MlpLangevinChainParams& p, int64_t dim) {
+// ChainResult, to be written; its end may be layers
+bool result_of(py::handle record, py::handle thin, MlpLangevinChainParams& p, int64_t dim, Layers& end) {
     Fields fields(record);
-    if (fields.size() != 6 || !integer_of(thin, std::numeric_limits<int64_t>::max(), p.record.thin) ||
-        p.record.thin == 0)
+    if (fields.size() != 6 || !end.read(fields.next()) ||
+        !integer_of(thin, std::numeric_limits<int64_t>::max(), p.record.thin) || p.record.thin == 0)
         return false;
     const int64_t kept = p.n_steps / p.record.thin;
-    return array_of(fields.next(), kFloat32, {p.chains, dim}, p.out) &&
-           array_or_none(fields.next(), kFloat32, {kept, p.chains}, p.record.energy) &&
+    return array_or_none(fields.next(), kFloat32, {kept, p.chains}, p.record.energy) &&
            array_or_none(fields.next(), kFloat32, {kept, p.chains}, p.record.grad_norm) &&
            array_or_none(fields.next(), kFloat32, {kept, p.chains}, p.record.displacement) &&
            array_or_none(fields.next(), kInt64, {p.chains}, p.record.first_bad_step) &&
@@ -260,14 +316,25 @@ bool mlp_energy_layers(py::handle z, py::handle mlp, py::handle energy, py::hand
 bool mlp_langevin_chain(py::handle z, py::handle mlp, py::handle update, py::handle n_steps, py::handle thin,
                         py::handle result, int n_threads) {
     MlpLangevinChainParams p;
-    int64_t dim;
-    if (!integer_of(n_steps, std::numeric_limits<int64_t>::max(), p.n_steps) || !z_of(z, p.chains, dim, p.z) ||
-        !mlp_of(mlp, p.chains, dim, p.mlp) || !update_of(update, p.chains, dim, p.n_steps, p.update) ||
-        !result_of(result, thin, p, dim))
+    Layers begin, end;
+    if (!integer_of(n_steps, std::numeric_limits<int64_t>::max(), p.n_steps) || !begin.read(z)) return false;
+    const int64_t dim = begin.dim;
+    p.chains = begin.chains;
+    if (!mlp_of(mlp, p.chains, dim, p.mlp) || !update_of(update, p.chains, dim, p.n_steps, p.update) ||
+        !result_of(result, thin, p, dim, end) || !end.same_shapes(begin))
         return false;
     if (p.chains == 0) return true;
     const py::gil_scoped_release unlocked;
+    std::vector<float> start, finish;
+    p.z = begin.side_by_side(start);
+    if (end.count == 1) {
+        p.out = end.rows[0];
+    } else {
+        finish.resize(size_t(p.chains * dim));
+        p.out = finish.data();
+    }
     cpu_kernels().mlp_langevin_chain(p, n_threads);
+    if (end.count > 1) end.take(finish.data());
     return true;
 }
 

@@ -309,7 +309,7 @@ class EnergyMLP(nn.Module):
 
     def mlp(
         self,
-        z: Tensor,
+        z: Tensor | None,
         context: Tensor | None = None,
         y: Tensor | int | None = None,
         *,
@@ -317,7 +317,8 @@ class EnergyMLP(nn.Module):
     ) -> MLP:
         """The parameters of this moment as the operations take them; attached to autograd unless grad mode is off.
 
-        keep_vectors writes the converged singular vectors of a spectral norm into their buffers.
+        z is what a context and a chosen logit have to fit. keep_vectors writes the converged singular vectors of a
+        spectral norm into their buffers.
         """
         layers = tuple(self._modules["layers"]._modules.values())  # without nn.Module's slow attribute access
         weights = effective_weights(layers, keep_vectors=keep_vectors)

@@ -39,7 +39,7 @@ def sample(sampler: FastLangevin, z: Any, options: dict[str, Any]) -> Any:
         result = registration.mlp_langevin_chain(
             flat, mlp, update, sampler.n_steps, record, sampler.backend, sampler.precision, negated=not sampler.maximize
         )
-        return sampler._answer(result, result.z, layout, record)
+        return sampler._answer(result, layout.restore(result.z), record)
 
 
 @torch.compiler.disable

@@ -282,6 +282,7 @@ class EnergySource:
     def __init__(self, energy: nn.Module | Callable[..., Tensor]) -> None:
         self.energy = energy
         self._known: list[tuple] = []
+        self.was_mlp = False  # whether the latest call found an MLP: what `plain_mlp` is asked for
 
     def __reduce__(self) -> tuple:
         return EnergySource, (self.energy,)
@@ -349,13 +350,17 @@ class EnergySource:
             ValueError: z, context or y does not fit the energy.
         """
         net = self.energy if type(self.energy) is EnergyMLP else self.net
+        self.was_mlp = False
         if is_plain_energy_mlp(net):
-            return self._energy_mlp(net, flat, layout, context, y, sign)
+            mlp = self._energy_mlp(net, flat, layout, context, y, sign)
+            self.was_mlp = True
+            return mlp
         found = self.found(layout, {"context": context, "y": y})
         if isinstance(found, Unrecognised):
             return None
         self._remember(found, layout, net.training)
         mlp = found.mlp(sign)
+        self.was_mlp = True
         weight = mlp.weights[0]
         if weight.dtype not in SUPPORTED_DTYPES:
             raise ValueError(f"parameters of the energy must be float32 or float64, got {dtype_name(weight.dtype)}")
@@ -365,6 +370,21 @@ class EnergySource:
                 f"got {describe(flat)}"
             )
         return mlp
+
+    def plain_mlp(self, layout: LatentLayout, sign: float) -> MLP | None:
+        """`mlp` without context or chosen logit, not yet compared with z; None where it takes more than that."""
+        net = self.energy if type(self.energy) is EnergyMLP else self.net
+        if is_plain_energy_mlp(net):
+            if net.context_dim or (layout.container is not Tensor and layout.dims != net.latent_dims):
+                return None
+            mlp = net.mlp(None)
+            return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
+        found = self.found(layout, {})
+        if isinstance(found, Unrecognised):
+            self.was_mlp = False
+            return None
+        self._remember(found, layout, net.training)
+        return found.mlp(sign)
 
     def _energy_mlp(
         self,

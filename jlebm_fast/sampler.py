@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, dynamics, ops, precision, stepwise
+from .backends import cpu_plain
 from .captured import capture_of
 from .checks import check_like, describe, whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
@@ -23,6 +24,7 @@ from .rng import noise_key_of
 
 PRECISIONS = (None, *precision.NAMES)
 Latents = Tensor | list[Tensor] | tuple[Tensor, ...]
+_CPU = torch.device("cpu")
 
 
 class LangevinInfo(NamedTuple):
@@ -202,27 +204,64 @@ class FastLangevin:
                 "capture": capture,
             }
             return in_graph.sample(self, z, options)
+        thin = whole(thin)
         with chain_mode(device_of(z)):
+            if self._source.was_mlp and log_likelihood is noise is mask is context is y is None:
+                key, answer = self._sample_plain(
+                    z, generator, noise_key, first_step, first_chain, return_info, return_trajectory, thin
+                )
+                if answer is not None:
+                    return answer
+                if key is not None:
+                    noise_key, generator = key, None
             flat, layout = flatten_latents(z)
             if flat.is_inference():
                 flat = flat.clone()
             if isinstance(context, Tensor) and context.is_inference():
                 context = context.clone()
             update = self._update(flat, layout, generator, noise, mask, noise_key, first_step, first_chain)
-            thin = whole(thin)
             ops.check_thin(thin)
             record = Record(return_info, return_trajectory, thin)
             result = self._run(flat, layout, update, record, log_likelihood, context, y, capture)
-            return self._answer(result, result.z if result.z is not flat else flat.clone(), layout, record)
+            return self._answer(result, layout.restore(result.z if result.z is not flat else flat.clone()), record)
 
-    def _answer(
-        self, result: ChainResult, end: Tensor, layout: LatentLayout, record: Record
-    ) -> Latents | tuple[Latents, LangevinInfo]:
-        """What sample returns, from the end of the chain on the flat tensor."""
+    def _sample_plain(
+        self,
+        z: Latents,
+        generator: torch.Generator | None,
+        noise_key: int | Tensor | None,
+        first_step: int,
+        first_chain: int,
+        return_info: bool,
+        return_trajectory: bool,
+        thin: int,
+    ) -> tuple[int | Tensor | None, Latents | tuple[Latents, LangevinInfo] | None]:
+        """The usual call at the least cost: an MLP, latents on the CPU in float32, which the kernel takes and gives in
+        their own structure. The second result is None where the call is not of that kind, and nothing was done; the
+        first is then the noise key if one had to be drawn to see it.
+        """
+        layout = None
+        if self.backend in cpu_plain.BACKENDS and not self._per_chain and not self._prior_of_tensors:
+            layout = None if watched() else cpu_plain.plain_layout(z)
+        known = None if layout is None else self._constants.get((layout.dim, torch.float32, _CPU))
+        if known is None or type(thin) is not int or thin < 1:
+            return None, None
+        mlp = self._source.plain_mlp(layout, 1.0 if self.maximize else -1.0)
+        if mlp is None:
+            return None, None
+        noise_key = noise_key_of(noise_key, generator, _CPU)
+        rows, mean, precision = known
+        update = Update(rows, None, mean, precision, None, None, noise_key, whole(first_step), whole(first_chain))
+        record = Record(return_info, return_trajectory, thin)
+        result = cpu_plain.chain_of_latents(z, layout, mlp, update, self.n_steps, record)
+        return noise_key, None if result is None else self._answer(result, result.z, record)
+
+    def _answer(self, result: ChainResult, end: Latents, record: Record) -> Latents | tuple[Latents, LangevinInfo]:
+        """What sample returns, from the end of the chain in the structure of its start."""
         if not (record.diagnostics or record.trajectory):
-            return layout.restore(end)
+            return end
         energy = result.energy if self.maximize or result.energy is None else -result.energy
-        return layout.restore(end), LangevinInfo(
+        return end, LangevinInfo(
             energy, result.grad_norm, result.displacement, result.first_bad_step, result.trajectory
         )
 

@@ -112,8 +112,8 @@ template <int V>
 inline void normals_of_step(float* eps, int n_groups, uint32_t first_chain, uint32_t step, uint32_t stream,
                             uint64_t noise_key) {
     constexpr int kRow = V * kLanes;
-    // Two vectors side by side, of chains or else of groups. Sixteen registers are too few for them, but the spills cost
-    // less than waiting: 2.30 -> 2.12 ns a normal on AVX2, 3.24 -> 2.88 on the baseline (Zen 3).
+    // Two vectors side by side, of chains or else of groups. Sixteen registers are too few for them, but the spills
+    // cost less than waiting: 2.30 -> 2.12 ns a normal on AVX2, 3.24 -> 2.88 on the baseline (Zen 3).
     constexpr bool kTwoVectors = V == 2, kTwoGroups = V == 1;
     const KeySchedule<kPhiloxRounds> keys(noise_key);
     const auto start = [&](int v, int group) {

@@ -11,6 +11,8 @@ Threads are torch's (`torch.set_num_threads`); the result does not depend on the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -186,17 +188,26 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
 
 
 def empty_result(z: Tensor, n_steps: int, record: Record) -> ChainResult:
-    """What `mlp_langevin_chain` fills. Each in memory of its own: results of a registered operator must not be views of
-    one another."""
-    (chains, dim), n_kept = z.shape, n_steps // record.thin
+    """What `mlp_langevin_chain` fills."""
+    return recorded(torch.empty_like(z), z, z.shape, n_steps, record)
+
+
+def recorded(
+    end: Tensor | Sequence[Tensor], like: Tensor, shape: Sequence[int], n_steps: int, record: Record
+) -> ChainResult:
+    """A chain's `end` of `shape` [chains, dim] and memory, of the dtype of `like`, for what is recorded on the way.
+
+    Each in memory of its own: results of a registered operator must not be views of one another.
+    """
+    (chains, dim), n_kept = shape, n_steps // record.thin
     energy = grad_norm = displacement = first_bad_step = trajectory = None
     if record.diagnostics:
-        energy = z.new_empty(n_kept, chains)
+        energy = like.new_empty(n_kept, chains)
         grad_norm, displacement = torch.empty_like(energy), torch.empty_like(energy)
-        first_bad_step = z.new_empty(chains, dtype=torch.int64)
+        first_bad_step = like.new_empty(chains, dtype=torch.int64)
     if record.trajectory:
-        trajectory = z.new_empty((n_kept, chains, dim))
-    return ChainResult(torch.empty_like(z), energy, grad_norm, displacement, first_bad_step, trajectory)
+        trajectory = like.new_empty((n_kept, chains, dim))
+    return ChainResult(end, energy, grad_norm, displacement, first_bad_step, trajectory)
 
 
 class _Addresses(list):

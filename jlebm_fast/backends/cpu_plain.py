@@ -3,6 +3,8 @@
 Each function gives what backend `cpu` gives, or None where the call is not plain: another dtype, device, layout, shape
 or class, or anything that does not fit. Nothing was done then, and the checks of `ops.py` and the choice of a backend
 have the word. They cost ten times a small chain, which is why they are asked second.
+
+`chain_of_latents` is the same for latents in their own structure: what FastLangevin's usual call comes down to.
 """
 
 from __future__ import annotations
@@ -13,14 +15,16 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ..latents import LatentLayout
 from ..problem import MLP, ChainResult, Record, Update
 from . import _native
-from .cpu import WIDEST_LANES_LAYER, empty_layers, empty_result
+from .cpu import WIDEST_LANES_LAYER, empty_layers, empty_result, recorded
 
 # what may be answered here: "cpu" is the first choice of "auto" for what is plain
 BACKENDS = ("auto", "cpu")
 _CLASSES = (Tensor, nn.Parameter)
 _CPU = torch.device("cpu")
+_LARGEST_COPY = 1 << 16  # floats of latents that one thread copies: 20 us; beyond, torch.cat does it in all threads
 
 
 @functools.cache
@@ -36,6 +40,11 @@ def _kernels() -> ModuleType | None:
 def _is_usual(tensor: Tensor) -> bool:
     """On the CPU, of torch's own class, and its memory holds its values, not their negatives (a conjugate's imag)."""
     return type(tensor) in _CLASSES and tensor.is_cpu and not tensor.is_neg()
+
+
+def _is_float32(tensor: Tensor) -> bool:
+    """Usual, and one that a chain takes without a copy if it is contiguous."""
+    return _is_usual(tensor) and tensor.dtype is torch.float32 and tensor.layout is torch.strided
 
 
 def langevin_noise(
@@ -90,12 +99,11 @@ def mlp_energy_layers(
 
 def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult | None:
     native = _kernels()
-    if native is None or not _is_usual(z):
+    if native is None or not _is_usual(z) or z.ndim != 2:
         return None
-    thin = record.thin
     if record.diagnostics or record.trajectory:
         # what would make the results' shapes, before they are made
-        if type(n_steps) is not int or type(thin) is not int or thin < 1 or z.ndim != 2:
+        if type(n_steps) is not int or type(record.thin) is not int or record.thin < 1:
             return None
         rows = update.step_coefficients
         if type(rows) not in _CLASSES or rows.ndim != 2 or rows.shape[0] != n_steps:
@@ -103,5 +111,57 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
         result = empty_result(z, n_steps, record)
     else:
         result = ChainResult(torch.empty_like(z))
-    fits = native.plain_mlp_langevin_chain(z, mlp, update, n_steps, thin, result, torch.get_num_threads())
+    fits = native.plain_mlp_langevin_chain(z, mlp, update, n_steps, record.thin, result, torch.get_num_threads())
+    return result if fits else None
+
+
+def plain_layout(z: object) -> LatentLayout | None:
+    """The layout of latents that `chain_of_latents` may take as they are; None of others.
+
+    Several layers are copied side by side by the calling thread alone: small ones only.
+    """
+    if _kernels() is None:
+        return None
+    if isinstance(z, Tensor):
+        if not _is_float32(z) or z.ndim not in (2, 4):
+            return None
+        _, width, *trailing = z.shape
+        return LatentLayout(Tensor, (width,), (tuple(trailing),)) if trailing in ([], [1, 1]) else None
+    if type(z) not in (list, tuple) or not z:
+        return None
+    dims, chains = [], None
+    for layer in z:
+        if not _is_float32(layer) or layer.ndim != 2:
+            return None
+        rows, width = layer.shape
+        if chains is None:
+            chains = rows
+        elif rows != chains:
+            return None
+        dims.append(width)
+    if chains * sum(dims) > _LARGEST_COPY:
+        return None
+    return LatentLayout(type(z), tuple(dims), ((),) * len(dims))
+
+
+def chain_of_latents(
+    z: Tensor | list[Tensor] | tuple[Tensor, ...],
+    layout: LatentLayout,
+    mlp: MLP,
+    update: Update,
+    n_steps: int,
+    record: Record,
+) -> ChainResult | None:
+    """`mlp_langevin_chain` of latents in their own structure, in which they end: result.z is what z is.
+
+    The layout is that of `plain_layout`; n_steps and record are checked, and an update of as many steps.
+    """
+    if layout.container is Tensor:
+        first, end = z, torch.empty_like(z)
+    else:
+        first, end = z[0], [torch.empty_like(layer) for layer in z]
+        if layout.container is tuple:
+            end = tuple(end)
+    result = recorded(end, first, (first.shape[0], layout.dim), n_steps, record)
+    fits = _kernels().plain_mlp_langevin_chain(z, mlp, update, n_steps, record.thin, result, torch.get_num_threads())
     return result if fits else None

@@ -91,8 +91,8 @@ def check_energy_grad(z, mlp):
 def check_energy_layers(z, mlp):
     """f, grad f and the gradients of mean(f^2) in all parameters from h_l and delta_l, against autograd in float64.
 
-    The mean, as in a loss, has the scale of one chain, for which the rule is made: a sum of as many terms of either sign
-    adds up the roundings of all and cancels to what it likes, ours and plain torch's by turns.
+    The mean, as in a loss, has the scale of one chain, for which the rule is made: a sum of as many terms of either
+    sign adds up the roundings of all and cancels to what it likes, ours and plain torch's by turns.
     """
     energy, hidden, delta, grad = cpu.mlp_energy_layers(z, mlp, layers=True, grad=True)
 
