@@ -313,6 +313,35 @@ bool mlp_energy_layers(py::handle z, py::handle mlp, py::handle energy, py::hand
     return true;
 }
 
+// grads: as many entries as layers, each a tensor to be written or None
+bool grads_of(py::handle grads, const MlpParams& mlp, bool of_weights, float** to) {
+    Fields fields(grads);
+    if (fields.size() != size_t(mlp.n_hidden) + 1) return false;
+    for (int l = 0; l <= mlp.n_hidden; ++l) {
+        const int64_t n_in = mlp.widths[l], n_out = mlp.widths[l + 1];
+        if (of_weights ? !array_or_none(fields.next(), kFloat32, {n_out, n_in}, to[l])
+                       : !array_or_none(fields.next(), kFloat32, {n_out}, to[l]))
+            return false;
+    }
+    return true;
+}
+
+bool mlp_weight_grads(py::handle z, py::handle mlp, py::handle hidden, py::handle delta, py::handle cotangent,
+                      py::handle weight_grads, py::handle bias_grads, int n_threads) {
+    MlpWeightGradsParams p;
+    int64_t dim, units = 0;
+    if (!z_of(z, p.chains, dim, p.z) || !mlp_of(mlp, p.chains, dim, p.mlp)) return false;
+    for (int l = 1; l <= p.mlp.n_hidden; ++l) units += p.mlp.widths[l];
+    if (!array_of(hidden, kFloat32, {units, p.chains}, p.hidden) ||
+        !array_of(delta, kFloat32, {units + p.mlp.n_logits(), p.chains}, p.delta) ||
+        !array_of(cotangent, kFloat32, {p.chains}, p.cotangent) ||
+        !grads_of(weight_grads, p.mlp, true, p.weight_grads) || !grads_of(bias_grads, p.mlp, false, p.bias_grads))
+        return false;
+    const py::gil_scoped_release unlocked;
+    cpu_kernels().mlp_weight_grads(p, n_threads);
+    return true;
+}
+
 bool mlp_langevin_chain(py::handle z, py::handle mlp, py::handle update, py::handle n_steps, py::handle thin,
                         py::handle result, int n_threads) {
     MlpLangevinChainParams p;
@@ -365,6 +394,8 @@ void bind_plain(py::module_& m) {
     m.def("plain_mlp_energy_grad", &plain<mlp_energy_grad, py::handle, py::handle, py::handle, py::handle, int>);
     m.def("plain_mlp_energy_layers",
           &plain<mlp_energy_layers, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, int>);
+    m.def("plain_mlp_weight_grads", &plain<mlp_weight_grads, py::handle, py::handle, py::handle, py::handle, py::handle,
+                                           py::handle, py::handle, int>);
     m.def("plain_mlp_langevin_chain",
           &plain<mlp_langevin_chain, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, int>);
 }

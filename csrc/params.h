@@ -121,6 +121,18 @@ struct MlpEnergyLayersParams {
     float* grad = nullptr;   // [chains, dim] or null
 };
 
+// Gradients of sum_c g_c f(z_c) in the parameters, from what mlp_energy_layers found; on the CPU
+struct MlpWeightGradsParams {
+    int64_t chains = 0;
+    const float* z = nullptr; // [chains, dim]
+    MlpParams mlp;
+    const float* hidden = nullptr;                  // as in MlpEnergyLayersParams
+    const float* delta = nullptr;                   // as there
+    const float* cotangent = nullptr;               // [chains] g
+    float* weight_grads[kMaxHiddenLayers + 1] = {}; // [n_out, n_in] each, or null
+    float* bias_grads[kMaxHiddenLayers + 1] = {};   // [n_out] each, or null
+};
+
 // Of each of several weights the largest singular value, by power iteration (jlebm_fast/spectral.py), on CUDA
 struct SpectralWeight {
     int32_t n_out = 0, n_in = 0;

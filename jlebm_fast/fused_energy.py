@@ -23,8 +23,8 @@ from .backends import _native, cpu, cpu_plain, eager
 from .modes import autocast_enabled
 from .problem import MLP
 
-# Gradients in the parameters on the CPU: the native pass pays where many small layers make calls the cost. With fewer
-# layers, or more chains, torch's own backward makes fewer passes over memory (benchmarks/results, section "energy").
+# Gradients in the parameters on the CPU where torch (before 2.10) has to multiply them out: the native pass then pays
+# only where many small layers make calls the cost.
 _FEWEST_LAYERS_FOR_PARAMETERS, _MOST_CHAINS_FOR_PARAMETERS = 3, 1024
 
 
@@ -35,14 +35,14 @@ class Pass(NamedTuple):
     hidden   h_1 … h_L, each [H_l, chains]
     delta    df/da_1 … df/da_L, df/dlogits, each [H_l, chains]
     grad     ∇f [chains, dim]
-    joined   delta of all layers in one tensor [H_1 + … + J, chains], where they stand so
+    joined   (hidden, delta) of all layers, [H_1 + … + H_L, chains] and [H_1 + … + J, chains], in place of the two above
     """
 
     value: Tensor
     hidden: Sequence[Tensor] | None = None
     delta: Sequence[Tensor] | None = None
     grad: Tensor | None = None
-    joined: Tensor | None = None
+    joined: tuple[Tensor, Tensor] | None = None
 
 
 NativePass = Callable[[Tensor, MLP, bool, bool], Pass]  # z, mlp, layers asked for, gradient asked for
@@ -57,7 +57,7 @@ def energy(z: Tensor, mlp: MLP) -> Tensor:
         return native(z.contiguous().resolve_neg(), mlp, False, False).value
     learned = any(weight.requires_grad for weight in mlp.weights)
     pays = mlp.spec.n_hidden >= _FEWEST_LAYERS_FOR_PARAMETERS and z.shape[0] <= _MOST_CHAINS_FOR_PARAMETERS
-    if z.is_cpu and learned and not pays:
+    if z.is_cpu and learned and not (pays or cpu_plain.available()):
         return eager.mlp_forward(z, mlp)[0]
     return _Energy.apply(native, mlp, z, mlp.context_bias, *mlp.weights, *mlp.biases)
 
@@ -84,8 +84,7 @@ def _on_cpu(z: Tensor, mlp: MLP, layers: bool, grad: bool) -> Pass:
     value, hidden, delta, gradient = found
     if not layers:
         return Pass(value, grad=gradient)
-    widths = mlp.spec.widths
-    return Pass(value, hidden.split_with_sizes(widths[1:-1]), delta.split_with_sizes(widths[1:]), gradient, delta)
+    return Pass(value, grad=gradient, joined=(hidden, delta))
 
 
 def pass_of(kernels: Any) -> NativePass:
@@ -122,15 +121,23 @@ class _Energy(torch.autograd.Function):
         found = ctx.found
         n = len(widths) - 1
         of_z = cotangent.unsqueeze(1) * found.grad if needs[0] else None
-        if found.delta is None:
+        if found.delta is None and found.joined is None:
             return (None, None, of_z, None, *[None] * (2 * n))
         if found.joined is None:
-            of_biases = [d.mv(cotangent) for d in found.delta]
+            hidden, of_biases = found.hidden, [d.mv(cotangent) for d in found.delta]
             scaled = [d * cotangent for d in found.delta]
         else:
-            of_biases = found.joined.mv(cotangent).split_with_sizes(widths[1:])
-            scaled = (found.joined * cotangent).split_with_sizes(widths[1:])
-        below = [z.t(), *found.hidden]
+            hidden, delta = found.joined
+            if not needs[1]:
+                grads = cpu_plain.mlp_weight_grads(
+                    z, ctx.mlp, hidden, delta, cotangent.contiguous(), needs[2 : 2 + n], needs[2 + n :]
+                )
+                if grads is not None:
+                    return (None, None, of_z, None, *grads[0], *grads[1])
+            hidden = hidden.split_with_sizes(widths[1:-1])
+            of_biases = delta.mv(cotangent).split_with_sizes(widths[1:])
+            scaled = (delta * cotangent).split_with_sizes(widths[1:])
+        below = [z.t(), *hidden]
         of_weights = [
             torch.mm(d, h.t()) if need else None for d, h, need in zip(scaled, below, needs[2:], strict=False)
         ]

@@ -10,7 +10,7 @@ from torch import nn
 
 import jlebm_fast as jf
 from jlebm_fast import fused_energy
-from jlebm_fast.backends import eager
+from jlebm_fast.backends import cpu_plain, eager
 from jlebm_fast.problem import ACTIVATIONS
 
 
@@ -77,14 +77,26 @@ def test_first_derivatives_in_everything(case):
         assert error <= 2 * allowed + 1e-6 * max(1.0, c.abs().max().item())
 
 
-def test_the_native_pass_serves_the_plain_case():
+def test_the_native_pass_serves_the_plain_case(monkeypatch):
     f, z, _ = energy_and_inputs()
     assert fused_energy.native_pass(z, f.mlp(z)) is not None
     assert "_Energy" in type(f(z).grad_fn).__name__
     assert "_Energy" in type(f.requires_grad_(False)(z.clone().requires_grad_()).grad_fn).__name__
     shallow = jf.EnergyMLP(6, 12, 2)
-    assert "_Energy" not in type(shallow(z).grad_fn).__name__, "torch's backward is the faster one here"
+    assert ("_Energy" in type(shallow(z).grad_fn).__name__) == cpu_plain.available()
+    monkeypatch.setattr(cpu_plain, "available", lambda: False)
+    assert "_Energy" not in type(shallow(z).grad_fn).__name__, "torch's backward is the faster one then"
     assert "_Energy" not in type(f.requires_grad_().double()(z.double()).grad_fn).__name__
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_gradients_where_torch_multiplies_them_out(context, monkeypatch):
+    """As with a torch that shows no tensor to native code, which is one before 2.10."""
+    monkeypatch.setattr(cpu_plain, "_kernels", lambda: None)
+    f, z, options = energy_and_inputs(activation="silu", context=context)
+    found, expected = (gradients(function, f, z, options) for function in (f, lambda z, **o: composite(f, z, **o)))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_in_z_alone():

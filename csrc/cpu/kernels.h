@@ -15,6 +15,7 @@ struct CpuKernels {
     // words of `kLanes` consecutive chains for the known-answer test: out[4 * lanes], word-major
     void (*philox_words)(int rounds, const uint32_t counter[4], const uint32_t key[2], uint32_t* out);
     void (*mlp_energy_layers)(const MlpEnergyLayersParams&, int n_threads);
+    void (*mlp_weight_grads)(const MlpWeightGradsParams&, int n_threads);
     void (*mlp_activation)(const MlpActivationParams&, int n_threads);
     // seconds of FMAs on one thread -> mean GFLOP/s
     double (*fma_peak)(double seconds);

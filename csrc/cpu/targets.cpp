@@ -16,11 +16,12 @@
     void mlp_energy_layers(const MlpEnergyLayersParams&, int);                                                         \
     void mlp_langevin_chain(const MlpLangevinChainParams&, int);                                                       \
     void philox_words(int, const uint32_t[4], const uint32_t[2], uint32_t*);                                           \
+    void mlp_weight_grads(const MlpWeightGradsParams&, int);                                                           \
     void mlp_activation(const MlpActivationParams&, int);                                                              \
     double fma_peak(double);                                                                                           \
     static const CpuKernels kernels = {                                                                                \
-        #name,        kLanesOf_##name,   langevin_noise, langevin_step, mlp_energy_grad, mlp_langevin_chain,           \
-        philox_words, mlp_energy_layers, mlp_activation, fma_peak};                                                    \
+        #name,        kLanesOf_##name,   langevin_noise,   langevin_step,  mlp_energy_grad, mlp_langevin_chain,        \
+        philox_words, mlp_energy_layers, mlp_weight_grads, mlp_activation, fma_peak};                                  \
     }                                                                                                                  \
     }
 

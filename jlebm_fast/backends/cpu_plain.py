@@ -10,6 +10,7 @@ have the word. They cost ten times a small chain, which is why they are asked se
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -35,6 +36,11 @@ def _kernels() -> ModuleType | None:
         return None
     native = _native.load()
     return native if native.read_tensors_through(capsule, *_CLASSES, WIDEST_LANES_LAYER) else None
+
+
+def available() -> bool:
+    """Whether plain calls are answered at all."""
+    return _kernels() is not None
 
 
 def _is_usual(tensor: Tensor) -> bool:
@@ -95,6 +101,28 @@ def mlp_energy_layers(
         return None
     results = empty_layers(z, mlp, layers, grad)
     return results if native.plain_mlp_energy_layers(z, mlp, *results, torch.get_num_threads()) else None
+
+
+def mlp_weight_grads(
+    z: Tensor,
+    mlp: MLP,
+    hidden: Tensor,
+    delta: Tensor,
+    cotangent: Tensor,
+    of_weights: Sequence[bool],
+    of_biases: Sequence[bool],
+) -> tuple[list[Tensor | None], list[Tensor | None]] | None:
+    """Gradients of sum_c cotangent_c f(z_c) in the weights and biases that are asked for, None for the others, from the
+    h_l and delta_l of `mlp_energy_layers`.
+    """
+    native = _kernels()
+    if native is None or not (_is_usual(z) and _is_usual(cotangent)):
+        return None
+    weights = [torch.empty_like(w) if asked else None for w, asked in zip(mlp.weights, of_weights, strict=True)]
+    biases = [torch.empty_like(b) if asked else None for b, asked in zip(mlp.biases, of_biases, strict=True)]
+    threads = torch.get_num_threads()
+    fits = native.plain_mlp_weight_grads(z, mlp, hidden, delta, cotangent, weights, biases, threads)
+    return (weights, biases) if fits else None
 
 
 def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult | None:

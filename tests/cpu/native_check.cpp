@@ -161,6 +161,50 @@ void check_chain(std::vector<int> widths, int64_t chains, int threads) {
     check(worst < 2e-5, "chain differs from the scalar loop", worst);
 }
 
+// sums over chains by mlp_weight_grads, of rows that stand alone in memory
+void check_weight_grads(std::vector<int> widths, int64_t chains, int threads) {
+    const Problem problem(widths);
+    MlpWeightGradsParams p;
+    p.chains = chains, p.mlp = problem.mlp;
+    int64_t hidden_rows = 0;
+    for (int l = 1; l <= p.mlp.n_hidden; ++l) hidden_rows += widths[size_t(l)];
+    const auto numbers = [](int64_t n, int factor) {
+        std::vector<float> v(static_cast<size_t>(n));
+        for (size_t i = 0; i < v.size(); ++i) v[i] = float(int(i * size_t(factor) % 101) - 50) / 40;
+        return v;
+    };
+    const auto z = numbers(chains * widths[0], 37), hidden = numbers(hidden_rows * chains, 29);
+    const auto delta = numbers((hidden_rows + widths.back()) * chains, 53), g = numbers(chains, 11);
+    p.z = z.data(), p.hidden = hidden.data(), p.delta = delta.data(), p.cotangent = g.data();
+    std::vector<std::vector<float>> of_weights, of_biases;
+    for (int l = 0; l <= p.mlp.n_hidden; ++l) {
+        of_weights.emplace_back(size_t(widths[size_t(l)]) * widths[size_t(l) + 1], -1.0f);
+        of_biases.emplace_back(size_t(widths[size_t(l) + 1]), -1.0f);
+    }
+    for (int l = 0; l <= p.mlp.n_hidden; ++l) // every third of them is not asked for
+        p.weight_grads[l] = l % 3 == 2 ? nullptr : of_weights[size_t(l)].data(),
+        p.bias_grads[l] = l % 3 == 1 ? nullptr : of_biases[size_t(l)].data();
+    kernels::mlp_weight_grads(p, threads);
+    double worst = 0;
+    const float *h = nullptr, *d = delta.data();
+    for (int l = 0; l <= p.mlp.n_hidden; ++l) {
+        const int n_in = widths[size_t(l)], n_out = widths[size_t(l) + 1];
+        for (int j = 0; j < n_out; ++j) {
+            double of_bias = 0;
+            for (int64_t c = 0; c < chains; ++c) of_bias += double(g[size_t(c)]) * d[j * chains + c];
+            if (p.bias_grads[l]) worst = std::fmax(worst, std::fabs(of_bias - p.bias_grads[l][j]));
+            for (int k = 0; k < n_in && p.weight_grads[l]; ++k) {
+                double sum = 0;
+                for (int64_t c = 0; c < chains; ++c)
+                    sum += double(g[size_t(c)]) * d[j * chains + c] * (l ? h[k * chains + c] : z[size_t(c * n_in + k)]);
+                worst = std::fmax(worst, std::fabs(sum - p.weight_grads[l][j * n_in + k]));
+            }
+        }
+        h = l ? h + n_in * chains : hidden.data(), d += n_out * chains;
+    }
+    check(worst < 2e-6 * double(chains + 1), "gradients in the parameters", worst);
+}
+
 } // namespace
 
 int main() {
@@ -172,6 +216,11 @@ int main() {
             check_chain({3, 5, 1}, chains, threads);
         }
     check_chain({50, 100, 100, 1}, 40, 2);
+    for (int64_t chains : {0, 1, 4, 15, 16, 37, 511, 513, 1100}) {
+        check_weight_grads({10, 23, 14, 1}, chains, 3);
+        check_weight_grads({1, 5, 3}, chains, 1);
+    }
+    check_weight_grads({50, 100, 100, 7}, 100, 2);
     std::printf(failures ? "%d failures\n" : "all equal\n", failures);
     return failures != 0;
 }

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
     "tests/cpu/native_check.cpp",
     *(f"csrc/cpu/{name}.cpp" for name in
-      ("langevin_noise", "langevin_step", "mlp_energy_grad", "mlp_langevin_chain", "mlp_activation", "threads")),
+      ("langevin_noise", "langevin_step", "mlp_energy_grad", "mlp_langevin_chain", "mlp_activation", "mlp_weight_grads",
+       "threads")),
 ]  # fmt: skip
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-I", "csrc", "-pthread"]
 SANITIZED = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
