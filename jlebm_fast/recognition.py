@@ -371,17 +371,22 @@ class EnergySource:
             )
         return mlp
 
-    def plain_mlp(self, layout: LatentLayout, sign: float) -> MLP | None:
-        """`mlp` without context or chosen logit, not yet compared with z; None where it takes more than that."""
+    def plain_mlp(self, layout: LatentLayout, sign: float, widest: int) -> MLP | None:
+        """`mlp` without context or chosen logit, not yet compared with z; None where it takes more than that, or has a
+        layer wider than `widest`."""
         net = self.energy if type(self.energy) is EnergyMLP else self.net
         if is_plain_energy_mlp(net):
-            if net.context_dim or (layout.container is not Tensor and layout.dims != net.latent_dims):
+            if net.context_dim or net.spec.widest > widest:
+                return None
+            if layout.container is not Tensor and layout.dims != net.latent_dims:
                 return None
             mlp = net.mlp(None)
             return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
         found = self.found(layout, {})
         if isinstance(found, Unrecognised):
             self.was_mlp = False
+            return None
+        if found.spec.widest > widest:
             return None
         self._remember(found, layout, net.training)
         return found.mlp(sign)

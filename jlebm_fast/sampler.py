@@ -246,7 +246,7 @@ class FastLangevin:
         known = None if layout is None else self._constants.get((layout.dim, torch.float32, _CPU))
         if known is None or type(thin) is not int or thin < 1:
             return None, None
-        mlp = self._source.plain_mlp(layout, 1.0 if self.maximize else -1.0)
+        mlp = self._source.plain_mlp(layout, 1.0 if self.maximize else -1.0, cpu_plain.WIDEST_LANES_LAYER)
         if mlp is None:
             return None, None
         noise_key = noise_key_of(noise_key, generator, _CPU)

@@ -25,7 +25,7 @@ constexpr int kUnit = 4 * kOut;
 // Chains at a time: kUnit rows of them stay in the first-level cache (24 or 32 KB).
 constexpr int64_t kChunk = 512;
 static_assert(kChunk % kLanes == 0, "only the last chunk has a rest");
-// Multiply-adds that pay for waking one more worker: some 10 us of a core.
+// Multiply-adds that pay for waking one more worker; an estimate: it is a matter of microseconds either way.
 constexpr int64_t kWorkOfWorker = 200000;
 
 // Rows of h: whole vectors where they stand, and what is left of each, filled up with zeros.

@@ -25,7 +25,7 @@ from .cpu import WIDEST_LANES_LAYER, empty_layers, empty_result, recorded
 BACKENDS = ("auto", "cpu")
 _CLASSES = (Tensor, nn.Parameter)
 _CPU = torch.device("cpu")
-_LARGEST_COPY = 1 << 16  # floats of latents that one thread copies: 20 us; beyond, torch.cat does it in all threads
+_LARGEST_COPY = 1 << 16  # floats of latents that one thread copies; beyond, torch.cat does it in all threads
 
 
 @functools.cache
@@ -49,8 +49,13 @@ def _is_usual(tensor: Tensor) -> bool:
 
 
 def _is_float32(tensor: Tensor) -> bool:
-    """Usual, and one that a chain takes without a copy if it is contiguous."""
-    return _is_usual(tensor) and tensor.dtype is torch.float32 and tensor.layout is torch.strided
+    """Usual, and one that a chain takes without a copy."""
+    return (
+        _is_usual(tensor)
+        and tensor.dtype is torch.float32
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+    )
 
 
 def langevin_noise(

@@ -253,6 +253,19 @@ def test_a_key_drawn_in_vain_is_the_one_that_the_general_way_uses(monkeypatch):
     assert_same(outcome(sampler, layers(), {}), expected)
 
 
+@pytest.mark.parametrize("make", [jf.EnergyMLP, lambda *sizes: jf.EnergyMLP(*sizes, spectral_norm=True), None])
+def test_wide_layers_are_read_once(make, monkeypatch):
+    """They run through torch's products: nothing is to be normalised or drawn first and in vain."""
+    net = nn.Sequential(nn.Linear(DIM, 1100), nn.GELU(), nn.Linear(1100, 1)) if make is None else make(DIM, 1100, 1)
+    sampler, z = jf.FastLangevin(net, n_steps=2), normal(CHAINS, DIM)
+    expected = sampler.sample(z, noise_key=1)
+    assert sampler._source.was_mlp
+    asked = []
+    monkeypatch.setattr(sampler_module, "noise_key_of", lambda key, *others: asked.append(key) or key)
+    assert torch.equal(sampler.sample(z, noise_key=1), expected)
+    assert asked == [1]
+
+
 def test_a_compiler_s_neighbours_see_operators():
     """Modes and transforms look on through the registered operators, whatever the call before was."""
     from torch.utils._python_dispatch import TorchDispatchMode
