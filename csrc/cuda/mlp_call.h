@@ -21,7 +21,8 @@ struct MlpCall {
     bool whole_quads = false;             // rows of z, out, grad and trajectory are made of aligned quadruples
     bool general_head = false;            // MlpNeeds::slope_of_logits_general
     MlpPlan plan;
-    const void* stream = nullptr; // streamed: packed weights
+    const void* stream = nullptr;    // not resident: packed weights
+    unsigned char* slopes = nullptr; // lean: [block][slopes_bytes]
 };
 
 // Plans and enqueues; the launcher of both operations. `workspace_bytes` of the same call was given to the caller

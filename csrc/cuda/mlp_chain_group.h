@@ -12,16 +12,16 @@
 namespace jlebm {
 namespace cuda {
 
-template <int kPrecision, int kChainTiles, bool kResident>
-class LangevinGroup : private ChainGroup<kPrecision, kChainTiles, kResident> {
-    using Base = ChainGroup<kPrecision, kChainTiles, kResident>;
+template <int kPrecision, int kChainTiles, Regime kRegime>
+class LangevinGroup : private ChainGroup<kPrecision, kChainTiles, kRegime> {
+    using Base = ChainGroup<kPrecision, kChainTiles, kRegime>;
     using Base::call_, Base::plan_, Base::mlp_, Base::thread_, Base::threads_, Base::first_, Base::memory_;
     using Base::kChains;
     using O = typename Base::O;
 
 public:
-    JLEBM_DEVICE LangevinGroup(const MlpCall& call)
-        : Base(call), dim_(call.mlp.dim()), n_items_((dim_ + 3) / 4 * kChains),
+    JLEBM_DEVICE LangevinGroup(const MlpCall& call, int64_t first_of_block)
+        : Base(call, first_of_block), dim_(call.mlp.dim()), n_items_((dim_ + 3) / 4 * kChains),
           // Items are dealt from the last thread on: the first warps have the larger share of the gradient's row tiles
           // and are the last to finish them.
           first_item_(threads_ - 1 - thread_),
@@ -138,7 +138,8 @@ private:
             record.energy[kept_index * call_.chains + first_ + thread_] = energy;
         if (!diagnostics) return;
         if (thread_ < kChains && first_ + thread_ < call_.chains) record_chain(step, kept, kept_index);
-        this->sync(After::kDiagnostics); // the sums lie where the next step's slopes go
+        // the sums lie where the next step's slopes go; without these, where its gradient goes, barriers later
+        if (kRegime != Regime::kLean) this->sync(After::kDiagnostics);
     }
 
     JLEBM_DEVICE void update_quad(int item, const Coefficients& step, const Quad& eps, bool noisy, bool diagnostics,

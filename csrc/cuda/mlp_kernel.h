@@ -7,7 +7,7 @@ namespace jlebm {
 namespace cuda {
 
 // What all groups of a block share: rounded weights (resident), biases, and the row above a plain single logit.
-template <int kPrecision, bool kResident>
+template <int kPrecision, Regime kRegime>
 JLEBM_DEVICE void load_parameters(const MlpCall& call) {
     using O = Operand<kPrecision>;
     const MlpParams& mlp = call.mlp;
@@ -15,7 +15,7 @@ JLEBM_DEVICE void load_parameters(const MlpCall& call) {
     const int thread = int(threadIdx.x), n_threads = int(blockDim.x);
     for (int l = 0; l < n_layers; ++l) {
         const int n_out = mlp.widths[l + 1];
-        if (kResident)
+        if (kRegime == Regime::kResident)
             load_weight<kPrecision>(shared_memory<unsigned char>(call.plan.weights_at[l]), mlp.weights[l], n_out,
                                     mlp.widths[l]);
         auto* bias = shared_memory<float>(call.plan.bias_at[l]);
@@ -28,12 +28,21 @@ JLEBM_DEVICE void load_parameters(const MlpCall& call) {
         top[i] = i < width ? O::round(load_readonly(mlp.weights[mlp.n_hidden] + i)) * O::round(mlp.out_scale) : 0.0f;
 }
 
-template <int kPrecision, int kChainTiles, bool kResident>
+template <int kPrecision, int kChainTiles, Regime kRegime>
 JLEBM_KERNEL(kMlpThreads, 1)
 mlp_kernel(JLEBM_PARAMETER MlpCall call) {
-    load_parameters<kPrecision, kResident>(call);
+    load_parameters<kPrecision, kRegime>(call);
     sync_block();
-    LangevinGroup<kPrecision, kChainTiles, kResident>(call).run();
+    if constexpr (kRegime == Regime::kLean) {
+        // No barrier between two batches: behind the last one of a batch, a thread reads only what it alone writes at
+        // the beginning of the next, or what is written some barriers later.
+#pragma unroll 1
+        for (int64_t first = int64_t(blockIdx.x) * kTileChains; first < call.chains;
+             first += int64_t(gridDim.x) * kTileChains)
+            LangevinGroup<kPrecision, kChainTiles, kRegime>(call, first).run();
+    } else {
+        LangevinGroup<kPrecision, kChainTiles, kRegime>(call, int64_t(blockIdx.x) * call.plan.chains_per_block()).run();
+    }
 }
 
 template <int kPrecision>
@@ -54,31 +63,31 @@ void enqueue_pack(const MlpCall& call, const CudaLaunch& launch) {
                  static_cast<Fragment*>(launch.workspace));
 }
 
-template <int kPrecision, int kChainTiles, bool kResident>
+template <int kPrecision, int kChainTiles, Regime kRegime>
 void enqueue_chains(const MlpCall& call, const CudaLaunch& launch) {
-    const int64_t per_block = call.plan.chains_per_block();
-    const int64_t blocks = (call.chains + per_block - 1) / per_block;
-    JLEBM_LAUNCH((mlp_kernel<kPrecision, kChainTiles, kResident>),
+    const int64_t blocks = mlp_blocks(call.plan, call.chains, launch);
+    JLEBM_LAUNCH((mlp_kernel<kPrecision, kChainTiles, kRegime>),
                  (Geometry{blocks, call.plan.threads(), call.plan.shared_bytes}), launch, call);
 }
 
-template <int kPrecision, bool kResident>
+template <int kPrecision, Regime kRegime>
 void enqueue_tiles(const MlpCall& call, const CudaLaunch& launch) {
     switch (call.plan.chain_tiles) {
     case 1:
-        return enqueue_chains<kPrecision, 1, kResident>(call, launch);
+        return enqueue_chains<kPrecision, 1, kRegime>(call, launch);
     case 2:
-        return enqueue_chains<kPrecision, 2, kResident>(call, launch);
+        return enqueue_chains<kPrecision, 2, kRegime>(call, launch);
     default:
-        return enqueue_chains<kPrecision, 4, kResident>(call, launch);
+        return enqueue_chains<kPrecision, 4, kRegime>(call, launch);
     }
 }
 
 template <int kPrecision>
 void enqueue_mlp_kernel(const MlpCall& call, const CudaLaunch& launch) {
-    if (call.plan.resident) return enqueue_tiles<kPrecision, true>(call, launch);
+    if (call.plan.resident()) return enqueue_tiles<kPrecision, Regime::kResident>(call, launch);
     enqueue_pack<kPrecision>(call, launch);
-    enqueue_tiles<kPrecision, false>(call, launch);
+    if (call.plan.regime == Regime::kLean) return enqueue_chains<kPrecision, 1, Regime::kLean>(call, launch);
+    enqueue_tiles<kPrecision, Regime::kStreamed>(call, launch);
 }
 
 } // namespace cuda

@@ -35,11 +35,12 @@ void run_mlp_call(MlpCall& call, const CudaLaunch& launch) {
     call.general_head = needs.slope_of_logits_general();
     call.whole_quads = call.mlp.dim() % 4 == 0 && aligned(call.z) && aligned(call.out) && aligned(call.grad) &&
                        aligned(call.record.trajectory) && aligned(call.update.noise);
-    const int64_t bytes = stream_bytes(call.plan);
+    const int64_t bytes = workspace_bytes(call.plan, call.chains, launch);
     if (launch.workspace_bytes < bytes)
         throw std::invalid_argument("the workspace must have " + std::to_string(bytes) + " bytes, got " +
                                     std::to_string(launch.workspace_bytes));
     call.stream = launch.workspace;
+    call.slopes = static_cast<unsigned char*>(launch.workspace) + stream_bytes(call.plan);
     switch (launch.precision) {
     case kFp32:
         return enqueue_mlp_kernel<kFp32>(call, launch);
@@ -54,7 +55,7 @@ void run_mlp_call(MlpCall& call, const CudaLaunch& launch) {
 }
 
 int64_t mlp_workspace_bytes(const MlpNeeds& needs, const CudaLaunch& launch) {
-    return stream_bytes(planned(needs, launch));
+    return workspace_bytes(planned(needs, launch), needs.chains, launch);
 }
 
 std::string mlp_regime(const MlpNeeds& needs, const CudaLaunch& launch) { return plan_text(planned(needs, launch)); }

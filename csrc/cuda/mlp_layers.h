@@ -25,21 +25,20 @@ struct NoStream {
     JLEBM_DEVICE void finish() {}
 };
 
-template <int kPrecision, int kChainTiles, bool kResident>
+template <int kPrecision, int kChainTiles, Regime kRegime>
 class ChainGroup {
 public:
     using O = Operand<kPrecision>;
     static constexpr int kChains = kChainTiles * kTileChains;
     static constexpr int kRowTiles = row_tiles(kPrecision, kChainTiles);
 
-    JLEBM_DEVICE ChainGroup(const MlpCall& call)
+    JLEBM_DEVICE ChainGroup(const MlpCall& call, int64_t first_of_block)
         : call_(call), plan_(call.plan), mlp_(call.mlp), warp_(warp_index() % call.plan.warps),
           group_(warp_index() / call.plan.warps), thread_(warp_ * kWarp + lane_index()),
-          threads_(call.plan.warps * kWarp),
-          first_(int64_t(blockIdx.x) * call.plan.chains_per_block() + group_ * kChains),
+          threads_(call.plan.warps * kWarp), first_(first_of_block + group_ * kChains),
           memory_(shared_memory<unsigned char>(call.plan.group_at + int64_t(group_) * call.plan.group_bytes)),
           stream_(call.stream, call.plan.stream_begin[warp_], call.plan.stream_begin[warp_ + 1],
-                  shared_memory<unsigned char>(call.plan.ring_at + warp_ * kRingSlots * kWarp * 16)) {}
+                  shared_memory<unsigned char>(call.plan.ring_at + warp_ * ring_slots(kRegime) * kWarp * 16)) {}
 
     // f into `energy` of thread c for chain c where logits are computed; grad f into grad_at()
     JLEBM_DEVICE void energy_and_grad(float& energy) {
@@ -98,7 +97,7 @@ protected:
     const int warp_, group_, thread_, threads_;
     const int64_t first_; // chain
     unsigned char* const memory_;
-    std::conditional_t<kResident, NoStream, WeightStream> stream_;
+    std::conditional_t<kRegime == Regime::kResident, NoStream, WeightStream<ring_slots(kRegime)>> stream_;
 
 private:
     using Tile = float[kChainTiles][4];
@@ -108,7 +107,7 @@ private:
         const int in = kForward ? layer : layer + 1;
         const int k_steps = (mlp_.widths[in] + step_k(kPrecision) - 1) / step_k(kPrecision);
         const ChainOperands<kPrecision, kChainTiles, kForward> chains(buffer(in), plane(in));
-        if constexpr (kResident) {
+        if constexpr (kRegime == Regime::kResident) {
             ResidentWeights<kPrecision, kForward> weights(shared_memory<unsigned char>(plan_.weights_at[layer]),
                                                           weight_stride(kPrecision, mlp_.widths[layer]), row_tile);
             multiply<kPrecision, kForward>(acc, weights, count, chains, k_steps);
@@ -210,7 +209,9 @@ private:
     }
 
     JLEBM_DEVICE typename O::Slopes* slopes_at(int layer, int tile, int n) const {
-        return reinterpret_cast<typename O::Slopes*>(memory_ + plan_.slopes_at[layer]) +
+        unsigned char* const slopes =
+            kRegime == Regime::kLean ? call_.slopes + int64_t(blockIdx.x) * plan_.slopes_bytes : memory_;
+        return reinterpret_cast<typename O::Slopes*>(slopes + plan_.slopes_at[layer]) +
                (tile * kChainTiles + n) * kWarp + lane_index();
     }
 

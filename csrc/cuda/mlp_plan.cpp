@@ -13,6 +13,7 @@ constexpr double kStepLatency = 36;            // of one step of the contraction
 constexpr double kProductCycles = 1.6;         // of one m16n8 instruction, four tensor cores at work
 constexpr double kLoadCyclesPer128Bytes = 1;   // shared memory
 constexpr double kStreamCyclesPer128Bytes = 4; // L2, all multiprocessors at once
+constexpr double kLeanCyclesPer128Bytes = 9;   // the same with 4 slots of 512 bytes a warp, three of them in flight
 constexpr double kElementCycles = 0.15;        // activation or its derivative, of one feature of one chain
 constexpr double kQuadCycles = 1.5;            // noise and update of four coordinates, all schedulers at work
 constexpr double kQuadLatency = 350;           // of the same, in one thread
@@ -42,12 +43,12 @@ int64_t lay_out(const MlpNeeds& needs, MlpPlan* plan) {
     for (int l = 0; l < n_layers; ++l) {
         const bool used = l < mlp.n_hidden || plan->logits;
         const int rows = tiles(mlp.widths[l + 1]) * kTileRows;
-        if (used && plan->resident)
+        if (used && plan->resident())
             plan->weights_at[l] = block.take(int64_t(rows) * weight_stride(precision, mlp.widths[l]));
         if (used) plan->bias_at[l] = block.take(int64_t(rows) * 4);
     }
     plan->top_at = block.take(int64_t(tiles(mlp.widths[mlp.n_hidden])) * kTileRows * 4);
-    if (!plan->resident) plan->ring_at = block.take(int64_t(plan->warps) * kRingSlots * kWarp * 16);
+    if (!plan->resident()) plan->ring_at = block.take(int64_t(plan->warps) * ring_slots(plan->regime) * kWarp * 16);
     plan->group_at = block.take(0);
 
     Layout group;
@@ -59,19 +60,26 @@ int64_t lay_out(const MlpNeeds& needs, MlpPlan* plan) {
         plan->buffer_at[parity] = group.take(int64_t(plan->chain_tiles) * plan->buffer_plane[parity]);
     }
     int64_t slopes = 0;
-    const int over = group.take(0);
+    const bool lean = plan->regime == Regime::kLean;
+    const int over = lean ? 0 : group.take(0);
     for (int l = 0; l < n_slope_layers(needs); ++l) {
         plan->slopes_at[l] = int(over + slopes);
         slopes += int64_t(tiles(mlp.widths[l + 1])) * kTileRows * chains * element_bytes(precision);
     }
     const int64_t grad = int64_t(plan->chain_tiles) * grad_rows(mlp.dim()) * kTileChains * 4;
-    plan->grad_at = group.take(std::max(slopes, grad));
+    plan->grad_at = group.take(lean ? grad : std::max(slopes, grad));
+    plan->slopes_bytes = lean ? slopes : 0;
     if (plan->logits) plan->logits_at = group.take(int64_t(mlp.n_logits()) * chains * 4);
     if (plan->z_in_shared) plan->z_at = group.take(int64_t((mlp.dim() + 3) / 4) * chains * 16);
     plan->group_bytes = int(std::min<int64_t>((group.bytes() + 127) / 128 * 128, INT32_MAX));
     const int64_t total = block.bytes() + plan->groups * (group.bytes() + 127) / 128 * 128;
     plan->shared_bytes = int(std::min<int64_t>(total, INT32_MAX));
     return total;
+}
+
+double cycles_per_128_bytes(Regime regime) {
+    if (regime == Regime::kResident) return kLoadCyclesPer128Bytes;
+    return regime == Regime::kStreamed ? kStreamCyclesPer128Bytes : kLeanCyclesPer128Bytes;
 }
 
 // cycles of a step of all chains: what the multiprocessor must do for all groups of a block, or what one group waits
@@ -90,7 +98,7 @@ double estimate(const MlpNeeds& needs, const MlpPlan& plan, int multiprocessors)
         const int at_once = std::min(most, row_tiles(precision, n));
         const int passes = (most + at_once - 1) / at_once;
         const double products = k_steps * n * kProductCycles * (precision == kFp32 ? 3 : 1);
-        const double weights = k_steps * 4 * (plan.resident ? kLoadCyclesPer128Bytes : kStreamCyclesPer128Bytes);
+        const double weights = k_steps * 4 * cycles_per_128_bytes(plan.regime);
         const double operands = double(k_steps) * n * 2 / at_once * kLoadCyclesPer128Bytes;
         const double activation = kElementCycles * kTileRows * n * kTileChains;
         const double tile = std::max(products, weights + operands) + activation;
@@ -132,19 +140,21 @@ bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, in
     double best = 0;
     if (least_bytes) *least_bytes = INT64_MAX;
     const int multiprocessors = std::max(1, launch.multiprocessors);
-    for (const bool resident : {true, false})
+    for (const Regime regime : {Regime::kResident, Regime::kStreamed, Regime::kLean})
         for (const int chain_tiles : {1, 2, 4})
             for (const int warps : {1, 2, 4, 8})
                 for (const bool z_in_shared : {true, false})
                     for (int groups = 1; groups * warps <= kMaxWarps; ++groups) {
                         MlpPlan p;
                         p.precision = launch.precision;
-                        p.resident = resident, p.chain_tiles = chain_tiles, p.warps = warps, p.groups = groups;
+                        p.regime = regime, p.chain_tiles = chain_tiles, p.warps = warps, p.groups = groups;
                         p.z_in_shared = z_in_shared;
                         if (z_in_shared && !needs.update) continue; // nothing to keep
+                        // lean is what needs the least memory, or nothing
+                        if (regime == Regime::kLean && chain_tiles > 1) continue;
                         // more warps than tiles only wait; every group of a streamed block would stream for itself
                         if (warps > 1 && warps / 2 >= most_tiles) continue;
-                        if (!resident && (groups > 1 || (warps < kMaxWarps && 2 * warps <= most_tiles))) continue;
+                        if (!p.resident() && (groups > 1 || (warps < kMaxWarps && 2 * warps <= most_tiles))) continue;
                         const int64_t bytes = lay_out(needs, &p);
                         if (least_bytes) *least_bytes = std::min(*least_bytes, bytes);
                         if (bytes > launch.max_shared_bytes) continue;
@@ -156,15 +166,25 @@ bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, in
                         if (found && cycles >= best) continue;
                         found = true, best = cycles, *plan = p;
                     }
-    if (found && !plan->resident) lay_out_streams(needs, plan);
+    if (found && !plan->resident()) lay_out_streams(needs, plan);
     return found;
 }
 
-int64_t stream_bytes(const MlpPlan& plan) { return plan.resident ? 0 : plan.stream_begin[kMaxWarps] * kWarp * 16; }
+int64_t mlp_blocks(const MlpPlan& plan, int64_t chains, const CudaLaunch& launch) {
+    const int64_t blocks = (chains + plan.chains_per_block() - 1) / plan.chains_per_block();
+    return plan.regime == Regime::kLean ? std::min<int64_t>(blocks, std::max(1, launch.multiprocessors)) : blocks;
+}
+
+int64_t stream_bytes(const MlpPlan& plan) { return plan.resident() ? 0 : plan.stream_begin[kMaxWarps] * kWarp * 16; }
+
+int64_t workspace_bytes(const MlpPlan& plan, int64_t chains, const CudaLaunch& launch) {
+    return stream_bytes(plan) + mlp_blocks(plan, chains, launch) * plan.slopes_bytes;
+}
 
 std::string plan_text(const MlpPlan& plan) {
     static const char* const kNames[kPrecisionCount] = {"fp32 (tf32 x 3)", "tf32", "bf16"};
-    return std::string(plan.resident ? "resident, " : "streamed, ") + kNames[plan.precision] + ", " +
+    static const char* const kRegimes[int(Regime::kCount)] = {"resident, ", "streamed, ", "lean, "};
+    return std::string(kRegimes[int(plan.regime)]) + kNames[plan.precision] + ", " +
            std::to_string(plan.chains_per_block()) + " chains a block in " + std::to_string(plan.groups) +
            (plan.groups == 1 ? " group of " : " groups of ") + std::to_string(plan.warps) +
            (plan.warps == 1 ? " warp" : " warps") + ", " + std::to_string((plan.shared_bytes + 1023) / 1024) +

@@ -8,7 +8,7 @@
 //   delta_1,
 //                    …; one row more than needed, so that the same feature of two chain tiles stands in other banks
 //   slopes           phi'(a_l) of the layers whose delta is still to come, in the order of the accumulators: each
-//                    thread reads what it wrote itself
+//                    thread reads what it wrote itself. In device memory where shared memory does not hold them (lean)
 //   grad             gradient, float32, rows of 8 chains, five rows for four features: lies over the slopes, dead then;
 //                    each quadruple's spare row keeps the lanes of the update in different banks
 //   z                float32; a quadruple of coordinates belongs to one thread for good. In the output's memory where
@@ -26,9 +26,21 @@ constexpr int kTileChains = 8; // of a matrix instruction: chains
 // 8 warps leave 255 registers to a thread, so that 4 x 4 accumulator tiles fit beside their operands
 constexpr int kMaxWarps = 8;
 constexpr int kMlpThreads = kMaxWarps * kWarp;
+
+// Where weights and slopes are kept.
+enum class Regime : int32_t {
+    kResident, // both in shared memory
+    kStreamed, // weights from L2 in every step
+    // As streamed with a shorter ring, and the slopes in device memory. A block for each multiprocessor at most, which
+    // takes one batch of chains after the other, so that the slopes' memory does not grow with the chains. For wide
+    // nets on chips of little shared memory: 1000 units in float32 on 99 KB.
+    kLean,
+    kCount
+};
+
 // Fragments of 512 bytes that a warp keeps in flight from L2: 8 warps x 7 x 512 bytes cover about 28 KB, the product of
 // an SM's share of L2 bandwidth (64 bytes a cycle) and its latency (300 to 400 cycles)
-constexpr int kRingSlots = 8;
+constexpr JLEBM_HD int ring_slots(Regime regime) { return regime == Regime::kLean ? 4 : 8; }
 
 constexpr JLEBM_HD int round_up(int n, int to) { return (n + to - 1) / to * to; }
 constexpr JLEBM_HD int tiles(int features) { return (features + kTileRows - 1) / kTileRows; }
@@ -62,7 +74,7 @@ struct MlpPlan {
     int32_t chain_tiles = 1; // of a group
     int32_t groups = 1;      // of a block
     int32_t warps = 1;       // of a group
-    bool resident = true;
+    Regime regime = Regime::kResident;
     bool logits =
         false; // whether the last layer's product is needed: another head than identity, or energies asked for
     bool z_in_shared = true;
@@ -71,13 +83,16 @@ struct MlpPlan {
     int32_t weights_at[kMaxHiddenLayers + 1] = {}; // resident
     int32_t bias_at[kMaxHiddenLayers + 1] = {};
     int32_t top_at = 0;  // W_out out_scale of a single logit: delta_L without a product
-    int32_t ring_at = 0; // streamed: [warp][slot][lane] fragments
+    int32_t ring_at = 0; // not resident: [warp][slot][lane] fragments
     int32_t group_at = 0, group_bytes = 0;
     // bytes from the beginning of a group
     int32_t buffer_at[2] = {}, buffer_plane[2] = {};
-    int32_t slopes_at[kMaxHiddenLayers] = {};
+    int32_t slopes_at[kMaxHiddenLayers] = {}; // lean: from the beginning of the block's slopes
     int32_t grad_at = 0, z_at = 0, logits_at = 0;
-    int64_t stream_begin[kMaxWarps + 1] = {}; // streamed: first fragment of each warp's stream
+    int64_t slopes_bytes = 0;                 // lean: of a block, in device memory
+    int64_t stream_begin[kMaxWarps + 1] = {}; // not resident: first fragment of each warp's stream
+
+    constexpr JLEBM_HD bool resident() const { return regime == Regime::kResident; }
 
     constexpr JLEBM_HD int chains_per_group() const { return chain_tiles * kTileChains; }
     constexpr JLEBM_HD int chains_per_block() const { return groups * chains_per_group(); }
@@ -129,8 +144,13 @@ bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, in
 // "resident, bf16, 64 chains a block in 2 groups of 4 warps"
 std::string plan_text(const MlpPlan& plan);
 
-// bytes of the packed weights of a streamed plan; 0 for a resident one
+// blocks of a launch
+int64_t mlp_blocks(const MlpPlan& plan, int64_t chains, const CudaLaunch& launch);
+
+// bytes of the packed weights; 0 where they are resident
 int64_t stream_bytes(const MlpPlan& plan);
+// the same and the slopes of all blocks, which stand behind it
+int64_t workspace_bytes(const MlpPlan& plan, int64_t chains, const CudaLaunch& launch);
 
 } // namespace cuda
 } // namespace jlebm

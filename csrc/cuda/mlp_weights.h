@@ -87,6 +87,7 @@ JLEBM_DEVICE void load_weight(unsigned char* to, const float* weight, int n_out,
 
 // A warp's own fragments in the order in which it uses them, step after step: a ring of asynchronous copies. Each lane
 // copies and reads its own 16 bytes, so no barrier is needed, and the copies run on across the group's barriers.
+template <int kSlots>
 class WeightStream {
 public:
     JLEBM_DEVICE WeightStream(const void* fragments, int64_t begin, int64_t end, unsigned char* ring) {
@@ -96,15 +97,15 @@ public:
         ring_ = reinterpret_cast<Fragment*>(ring) + lane_index();
         slot_ = 0;
         if (begin_ == end_) return; // a warp without a tile
-        for (int i = 0; i + 1 < kRingSlots; ++i) copy(i);
+        for (int i = 0; i + 1 < kSlots; ++i) copy(i);
     }
 
     JLEBM_DEVICE Fragment next(int) {
-        cp_async_wait<kRingSlots - 2>();
+        cp_async_wait<kSlots - 2>();
         const Fragment a = ring_[slot_ * kWarp];
         // into the slot before this one, read one call ago
-        copy((slot_ + kRingSlots - 1) % kRingSlots);
-        slot_ = (slot_ + 1) % kRingSlots;
+        copy((slot_ + kSlots - 1) % kSlots);
+        slot_ = (slot_ + 1) % kSlots;
         return a;
     }
     JLEBM_DEVICE void step() {}

@@ -15,6 +15,7 @@ from jlebm_fast.backends import cpu, eager
 from jlebm_fast.problem import MLP, ChainResult, MLPSpec, Record, Update
 
 PRECISIONS = {"fp32": 0, "tf32": 1, "bf16": 2}
+REGIMES = ("resident", "streamed", "lean")
 H100_SHARED, A100_SHARED, CONSUMER_SHARED = 232448, 166912, 101376
 
 
@@ -207,8 +208,10 @@ class Host:
         address.append(workspace)
         return (0, seed, PRECISIONS[precision], workspace.data_ptr(), n_bytes, *limits)
 
-    def _want(self, plan: tuple[int, ...]) -> None:
-        self.module.want_plan((*plan, *host_build.ANY_PLAN[len(plan) :]))
+    def _want(self, plan: tuple[str | int, ...]) -> None:
+        """(regime, chain tiles, warps, groups, z in shared memory), as many as matter."""
+        named = (REGIMES.index(plan[0]), *plan[1:]) if plan else ()
+        self.module.want_plan((*named, *host_build.ANY_PLAN[len(plan) :]))
 
 
 @functools.cache

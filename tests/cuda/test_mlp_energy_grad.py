@@ -63,11 +63,22 @@ def test_activation_is_right_at_every_finite_number(host, activation, precision)
     ("head", "n_logits"),
     [("identity", 1), ("tanh", 1), ("sigmoid", 1), ("softplus", 1), ("logsumexp", 5), ("logsumexp", 20), ("logit", 17)],
 )
-@pytest.mark.parametrize(("precision", "resident"), [("fp32", 1), ("tf32", 0), ("bf16", 1), ("bf16", 0)])
-def test_head(host, head, n_logits, precision, resident):
+@pytest.mark.parametrize(
+    ("precision", "regime"),
+    [
+        ("fp32", "resident"),
+        ("fp32", "lean"),
+        ("tf32", "streamed"),
+        ("tf32", "lean"),
+        ("bf16", "resident"),
+        ("bf16", "streamed"),
+        ("bf16", "lean"),
+    ],
+)
+def test_head(host, head, n_logits, precision, regime):
     mlp = make_mlp([10, 24, 40, n_logits], "gelu", head=head, out_scale=-0.7, chains=9, seed=3)
     z = torch.randn(9, 10, generator=torch.Generator().manual_seed(4))
-    check(host, mlp, z, precision, plan=(resident,))
+    check(host, mlp, z, precision, plan=(regime,))
 
 
 def test_a_number_that_is_no_logits_makes_its_chain_nan(host):
@@ -85,24 +96,26 @@ def test_a_number_that_is_no_logits_makes_its_chain_nan(host):
     assert torch.equal(grad[~bad], expected_grad[~bad])
 
 
-# widths, activations, chains, precision, (resident, chain tiles, warps, groups), context
+# widths, activations, chains, precision, (regime, chain tiles, warps, groups), context
 SHAPES = [
-    ([2, 200, 1], "gelu", 1, "fp32", (1, 1, 8, 1), False),
-    ([2, 50, 1], "tanh", 7, "bf16", (0, 1, 4), False),
-    ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "fp32", (1, 4, 1, 3), False),
-    ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "tf32", (1, 4, 4, 1), False),
-    ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "bf16", (1, 4, 1, 5), False),
-    ([16, 50, 50, 50, 50, 1], "leaky_relu", 9, "fp32", (0, 2, 4), False),
-    ([50, 100, 100, 1], "leaky_relu", 100, "bf16", (1, 2, 2, 4), False),
-    ([50, 100, 100, 1], "leaky_relu", 8, "fp32", (1, 1, 4, 1), True),
-    ([50, 100, 100, 1], "silu", 33, "tf32", (1, 2, 4, 1), True),
-    ([100, 200, 200, 1], "gelu", 9, "fp32", (0, 1, 8), False),
-    ([100, 200, 200, 1], "gelu", 33, "tf32", (0, 4, 8), False),
-    ([100, 200, 200, 1], "gelu", 33, "bf16", (1, 4, 4, 1), False),
-    ([100, 200, 200, 1], "gelu", 17, "bf16", (0, 4, 8), False),
-    ([7, 31, 17, 65, 1], ["relu", "elu", "mish"], 9, "fp32", (1, 1, 2, 2), True),
-    ([7, 31, 17, 65, 3], ["softplus", "identity", "gelu_tanh"], 9, "bf16", (1, 1, 4, 2), True),
-    ([1, 1, 1], "tanh", 1, "fp32", (1, 1, 1, 1), False),
+    ([2, 200, 1], "gelu", 1, "fp32", ("resident", 1, 8, 1), False),
+    ([2, 50, 1], "tanh", 7, "bf16", ("streamed", 1, 4), False),
+    ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "fp32", ("resident", 4, 1, 3), False),
+    ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "tf32", ("resident", 4, 4, 1), False),
+    ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "bf16", ("resident", 4, 1, 5), False),
+    ([16, 50, 50, 50, 50, 1], "leaky_relu", 9, "fp32", ("streamed", 2, 4), False),
+    ([50, 100, 100, 1], "leaky_relu", 100, "bf16", ("resident", 2, 2, 4), False),
+    ([50, 100, 100, 1], "leaky_relu", 8, "fp32", ("resident", 1, 4, 1), True),
+    ([50, 100, 100, 1], "silu", 33, "tf32", ("resident", 2, 4, 1), True),
+    ([100, 200, 200, 1], "gelu", 9, "fp32", ("streamed", 1, 8), False),
+    ([100, 200, 200, 1], "gelu", 33, "tf32", ("streamed", 4, 8), False),
+    ([100, 200, 200, 1], "gelu", 33, "bf16", ("resident", 4, 4, 1), False),
+    ([100, 200, 200, 1], "gelu", 17, "bf16", ("streamed", 4, 8), False),
+    ([7, 31, 17, 65, 1], ["relu", "elu", "mish"], 9, "fp32", ("resident", 1, 2, 2), True),
+    ([7, 31, 17, 65, 3], ["softplus", "identity", "gelu_tanh"], 9, "bf16", ("resident", 1, 4, 2), True),
+    ([1, 1, 1], "tanh", 1, "fp32", ("resident", 1, 1, 1), False),
+    ([100, 200, 200, 1], "gelu", 17, "fp32", ("lean", 1, 8), False),
+    ([7, 31, 17, 65, 3], ["softplus", "identity", "gelu_tanh"], 9, "tf32", ("lean", 1, 4), True),
 ]
 
 
@@ -123,14 +136,22 @@ def test_sixteen_layers(host):
 def test_result_does_not_depend_on_the_geometry(host, precision):
     mlp = make_mlp([18, 40, 70, 1], ["gelu", "tanh"], chains=41, seed=7)
     z = torch.randn(41, 18, generator=torch.Generator().manual_seed(8))
-    first = host.run_energy_grad(z, mlp, precision, plan=(1, 1, 1, 1))
-    for plan in [(1, 1, 4, 2), (1, 2, 2, 3), (1, 4, 4, 1), (1, 4, 1, 2), (0, 1, 8), (0, 2, 4), (0, 4, 8)]:
+    first = host.run_energy_grad(z, mlp, precision, plan=("resident", 1, 1, 1))
+    for plan in [
+        ("resident", 1, 4, 2),
+        ("resident", 2, 2, 3),
+        ("resident", 4, 4, 1),
+        ("resident", 4, 1, 2),
+        ("streamed", 1, 8),
+        ("streamed", 2, 4),
+        ("streamed", 4, 8),
+    ]:
         other = host.run_energy_grad(z, mlp, precision, plan=plan, seed=plan[1])
         for a, b in zip([*first[:2], *first[2], *first[3]], [*other[:2], *other[2], *other[3]]):
             assert torch.equal(a, b), plan
 
 
-@pytest.mark.parametrize("plan", [(1, 1, 4, 1), (1, 4, 2, 1), (0, 2, 4)])
+@pytest.mark.parametrize("plan", [("resident", 1, 4, 1), ("resident", 4, 2, 1), ("streamed", 2, 4)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_nan_stays_in_its_chain(host, precision, plan):
     mlp = make_mlp([18, 40, 70, 4], ["gelu", "leaky_relu"], head="logsumexp", chains=21, seed=9)
@@ -155,7 +176,7 @@ def test_no_chains(host):
 
 def test_matrix_loads_have_no_bank_conflicts(host):
     for widths in ([16, 50, 50, 1], [50, 100, 100, 1], [100, 200, 200, 1]):
-        for plan in [(1, 1, 4, 1), (1, 4, 4, 1)]:
+        for plan in [("resident", 1, 4, 1), ("resident", 4, 4, 1)]:
             mlp = make_mlp(widths, "gelu", chains=32)
             host.module.take_statistics()
             host.run_energy_grad(torch.randn(32, widths[0]), mlp, "bf16", plan=plan)

@@ -49,19 +49,22 @@ def check(host, mlp, z, update, n_steps, precision, record=Record(True, True), *
     return got
 
 
-# widths, activations, chains, precision, (resident, chain tiles, warps, groups, z in shared memory)
+# widths, activations, chains, precision, (regime, chain tiles, warps, groups, z in shared memory)
 SHAPES = [
-    ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "fp32", (1, 1, 4, 1, 1)),
-    ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "bf16", (1, 4, 1, 4, 1)),
-    ([50, 100, 100, 1], "leaky_relu", 9, "tf32", (1, 1, 4, 2, 0)),
-    ([50, 100, 100, 1], "leaky_relu", 33, "fp32", (1, 4, 2, 1, 1)),
-    ([100, 200, 200, 1], "gelu", 65, "bf16", (1, 4, 4, 2, 0)),
-    ([100, 200, 200, 1], "gelu", 8, "fp32", (0, 1, 8)),
-    ([100, 200, 200, 1], "gelu", 7, "bf16", (1, 1, 8, 1, 1)),
-    ([2, 200, 8], "gelu", 17, "tf32", (0, 2, 8)),
-    ([1, 3, 1], "tanh", 1, "fp32", (1, 1, 1, 1, 0)),
-    ([99, 17, 130, 64, 1], ["silu", "gelu", "elu"], 9, "fp32", (1, 1, 8, 1, 0)),
-    ([100, 512, 1], "gelu", 8, "bf16", (0, 1, 8)),
+    ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "fp32", ("resident", 1, 4, 1, 1)),
+    ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "bf16", ("resident", 4, 1, 4, 1)),
+    ([50, 100, 100, 1], "leaky_relu", 9, "tf32", ("resident", 1, 4, 2, 0)),
+    ([50, 100, 100, 1], "leaky_relu", 33, "fp32", ("resident", 4, 2, 1, 1)),
+    ([100, 200, 200, 1], "gelu", 65, "bf16", ("resident", 4, 4, 2, 0)),
+    ([100, 200, 200, 1], "gelu", 8, "fp32", ("streamed", 1, 8)),
+    ([100, 200, 200, 1], "gelu", 7, "bf16", ("resident", 1, 8, 1, 1)),
+    ([2, 200, 8], "gelu", 17, "tf32", ("streamed", 2, 8)),
+    ([1, 3, 1], "tanh", 1, "fp32", ("resident", 1, 1, 1, 0)),
+    ([99, 17, 130, 64, 1], ["silu", "gelu", "elu"], 9, "fp32", ("resident", 1, 8, 1, 0)),
+    ([100, 512, 1], "gelu", 8, "bf16", ("streamed", 1, 8)),
+    ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "tf32", ("lean", 1, 4)),
+    ([100, 200, 200, 1], "gelu", 9, "fp32", ("lean", 1, 8)),
+    ([99, 17, 130, 64, 5], ["silu", "gelu", "elu"], 17, "bf16", ("lean", 1, 8)),
 ]
 
 
@@ -86,7 +89,9 @@ def per_chain(chains: int, dim: int) -> Update:
     )
 
 
-@pytest.mark.parametrize("plan", [(1, 1, 4, 2, 1), (1, 4, 2, 1, 0), (0, 1, 4)])
+@pytest.mark.parametrize(
+    "plan", [("resident", 1, 4, 2, 1), ("resident", 4, 2, 1, 0), ("streamed", 1, 4), ("lean", 1, 4)]
+)
 @pytest.mark.parametrize("dim", [14, 16])
 def test_everything_per_chain(host, dim, plan):
     mlp = make_mlp([dim, 40, 30, 1], "gelu", chains=21, context=True, seed=13)
@@ -127,7 +132,7 @@ def test_without_noise(host):
 def test_no_steps(host):
     mlp, z = make_mlp([10, 40, 1], "gelu"), start(12, 10)
     for in_shared in (0, 1):
-        got = host.run_chain(z, mlp, normal_update(10, 1), 0, "fp32", plan=(1, 1, 2, 1, in_shared))
+        got = host.run_chain(z, mlp, normal_update(10, 1), 0, "fp32", plan=("resident", 1, 2, 1, in_shared))
         assert torch.equal(got.z, z)
 
 
@@ -140,7 +145,11 @@ def test_noise_is_that_of_the_contract_in_every_bit(host, dim):
     expected = eager.langevin_noise(KEY, 3, 9, dim, first_step=2**32 - 2, first_chain=2**32 - 5)
     for step in (1, 2):
         expected[step] += expected[step - 1]
-    for precision, plan in (("fp32", (1, 1, 2, 1)), ("bf16", (1, 4, 1, 1)), ("tf32", (0, 2))):
+    for precision, plan in (
+        ("fp32", ("resident", 1, 2, 1)),
+        ("bf16", ("resident", 4, 1, 1)),
+        ("tf32", ("streamed", 2)),
+    ):
         got = host.run_chain(z, mlp, update, 3, precision, record, plan=plan)
         assert torch.equal(got.trajectory, expected)
     # the key in device memory wins: a replayed graph reads it anew
@@ -154,13 +163,48 @@ def test_bits_do_not_depend_on_geometry_order_or_record(host, precision):
     mlp = make_mlp([18, 40, 70, 33, 1], ["gelu", "tanh", "leaky_relu"], out_scale=-0.3, chains=41, seed=19)
     z, update = start(41, 18), normal_update(18, 4)
     full = Record(True, True)
-    first = host.run_chain(z, mlp, update, 4, precision, full, plan=(1, 1, 1, 1, 1))
-    plans = [(1, 1, 4, 2, 1), (1, 2, 2, 3, 0), (1, 4, 4, 1, 1), (1, 4, 2, 2, 0), (0, 1, 8), (0, 2, 4), (0, 4, 8)]
+    first = host.run_chain(z, mlp, update, 4, precision, full, plan=("resident", 1, 1, 1, 1))
+    plans = [
+        ("resident", 1, 4, 2, 1),
+        ("resident", 2, 2, 3, 0),
+        ("resident", 4, 4, 1, 1),
+        ("resident", 4, 2, 2, 0),
+        ("streamed", 1, 8),
+        ("streamed", 2, 4),
+        ("streamed", 4, 8),
+        ("lean", 1, 8),
+        ("lean", 1, 4),
+    ]
     for seed, plan in enumerate(plans):
         other = host.run_chain(z, mlp, update, 4, precision, full, plan=plan, seed=seed)
         for name, a, b in zip(first._fields, first, other):
             assert torch.equal(a, b), (name, plan)
         assert torch.equal(host.run_chain(z, mlp, update, 4, precision, plan=plan, seed=seed + 50).z, first.z), plan
+
+
+@pytest.mark.parametrize("precision", mlp_host.PRECISIONS)
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5])
+@pytest.mark.parametrize("z_in_shared", [0, 1])
+def test_lean_blocks_take_one_batch_after_the_other(host, precision, multiprocessors, z_in_shared):
+    """41 chains are six batches of 8: in one, two or five blocks, whose slopes are all the memory they have."""
+    mlp = make_mlp([18, 40, 70, 33, 1], ["gelu", "tanh", "leaky_relu"], chains=41, context=True, seed=23)
+    z, update, full = start(41, 18), normal_update(18, 4), Record(True, True)
+    expected = host.run_chain(z, mlp, update, 4, precision, full, plan=("streamed", 1))
+    for seed in range(4):
+        got = host.run_chain(
+            z, mlp, update, 4, precision, full, plan=("lean", 1, 4, 1, z_in_shared),
+            limits=(multiprocessors, mlp_host.CONSUMER_SHARED), seed=seed,
+        )  # fmt: skip
+        for name, a, b in zip(expected._fields, expected, got):
+            assert torch.equal(a, b), (name, seed)
+    before = host.run_energy_grad(z, mlp, precision, plan=("streamed", 1))
+    after = host.run_energy_grad(
+        z, mlp, precision, plan=("lean", 1), limits=(multiprocessors, mlp_host.CONSUMER_SHARED)
+    )
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+    for a, b in zip(before[2] + before[3], after[2] + after[3], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_bits_do_not_depend_on_a_split(host):
@@ -169,7 +213,7 @@ def test_bits_do_not_depend_on_a_split(host):
     whole = host.run_chain(z, mlp, update, 6, "bf16").z
     halves = [
         host.run_chain(z[:13].clone(), mlp, update, 6, "bf16").z,
-        host.run_chain(z[13:].clone(), mlp, update._replace(first_chain=22), 6, "bf16", plan=(1, 2)).z,
+        host.run_chain(z[13:].clone(), mlp, update._replace(first_chain=22), 6, "bf16", plan=("resident", 2)).z,
     ]
     assert torch.equal(torch.cat(halves), whole)
     later = update._replace(step_coefficients=update.step_coefficients[2:], first_step=9)
@@ -177,7 +221,9 @@ def test_bits_do_not_depend_on_a_split(host):
     assert torch.equal(host.run_chain(middle, mlp, later, 4, "bf16").z, whole)
 
 
-@pytest.mark.parametrize("plan", [(1, 1, 4, 1, 1), (1, 4, 2, 1, 0), (0, 2, 4)])
+@pytest.mark.parametrize(
+    "plan", [("resident", 1, 4, 1, 1), ("resident", 4, 2, 1, 0), ("streamed", 2, 4), ("lean", 1, 4)]
+)
 def test_nan_stays_in_its_chain_and_is_dated(host, plan):
     mlp = make_mlp([18, 40, 70, 1], "gelu", seed=21)
     z, update = start(20, 18), normal_update(18, 5)
@@ -196,39 +242,34 @@ def test_nan_stays_in_its_chain_and_is_dated(host, plan):
     assert torch.equal(got.energy[:, ~bad], clean.energy[:, ~bad])
 
 
-# barrier (`After` of mlp_layers.h), head
+# name in `After` of mlp_layers.h: number, head
+BARRIERS = {
+    "forward": (1, "identity"),
+    "logits": (2, "identity"),
+    "head": (3, "logsumexp"),
+    "top": (4, "logsumexp"),
+    "top-plain": (4, "identity"),
+    "backward": (5, "identity"),
+    "grad": (6, "identity"),
+    "update": (7, "identity"),
+    "diagnostics": (8, "identity"),
+}
+
+
 @pytest.mark.parametrize(
-    ("barrier", "head"),
-    [
-        (1, "identity"),
-        (2, "identity"),
-        (3, "logsumexp"),
-        (4, "logsumexp"),
-        (4, "identity"),
-        (5, "identity"),
-        (6, "identity"),
-        (7, "identity"),
-        (8, "identity"),
-    ],
-    ids=[
-        "after-forward",
-        "after-logits",
-        "after-head",
-        "after-top",
-        "after-top-plain",
-        "after-backward",
-        "after-grad",
-        "after-update",
-        "after-diagnostics",
-    ],
+    ("precision", "regime", "after"),
+    [("fp32", "resident", after) for after in BARRIERS]
+    + [("bf16", "resident", after) for after in BARRIERS]
+    # nothing lies over the sums of the diagnostics there, and no barrier comes after them
+    + [("fp32", "lean", after) for after in BARRIERS if after != "diagnostics"],
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_missing_barrier_is_caught(host, precision, barrier, head):
+def test_a_missing_barrier_is_caught(host, precision, regime, after):
+    barrier, head = BARRIERS[after]
     mlp = make_mlp([18, 70, 70, 70, 4 if head == "logsumexp" else 1], "tanh", head=head, seed=22)
     z, update, record = start(8, 18), normal_update(18, 4), Record(diagnostics=True)
 
     def run(seed):
-        return host.run_chain(z, mlp, update, 4, precision, record, plan=(1, 1, 4, 1), seed=seed)
+        return host.run_chain(z, mlp, update, 4, precision, record, plan=(regime, 1, 4, 1), seed=seed)
 
     right = run(0)
     host.module.leave_out_barrier(barrier)
@@ -245,31 +286,48 @@ def test_a_missing_barrier_is_caught(host, precision, barrier, head):
 
 
 @pytest.mark.parametrize(
-    ("widths", "activation", "precision", "shared", "resident"),
+    ("widths", "activation", "precision", "shared", "regime"),
     [
-        ([16, 50, 50, 50, 50, 1], "leaky_relu", "fp32", mlp_host.CONSUMER_SHARED, True),
-        ([50, 100, 100, 1], "leaky_relu", "fp32", mlp_host.CONSUMER_SHARED, True),
-        ([50, 100, 100, 1], "leaky_relu", "bf16", mlp_host.CONSUMER_SHARED, True),
-        ([100, 200, 200, 1], "gelu", "bf16", mlp_host.A100_SHARED, True),
-        ([100, 200, 200, 1], "gelu", "bf16", mlp_host.H100_SHARED, True),
-        ([100, 200, 200, 1], "gelu", "fp32", mlp_host.H100_SHARED, False),
-        ([100, 1000, 1000, 1], "gelu", "bf16", mlp_host.H100_SHARED, False),
-        ([100, 1000, 1000, 1], "gelu", "fp32", mlp_host.H100_SHARED, False),
+        ([16, 50, 50, 50, 50, 1], "leaky_relu", "fp32", mlp_host.CONSUMER_SHARED, "resident"),
+        ([50, 100, 100, 1], "leaky_relu", "fp32", mlp_host.CONSUMER_SHARED, "resident"),
+        ([50, 100, 100, 1], "leaky_relu", "bf16", mlp_host.CONSUMER_SHARED, "resident"),
+        ([100, 200, 200, 1], "gelu", "bf16", mlp_host.A100_SHARED, "resident"),
+        ([100, 200, 200, 1], "gelu", "bf16", mlp_host.H100_SHARED, "resident"),
+        ([100, 200, 200, 1], "gelu", "fp32", mlp_host.H100_SHARED, "streamed"),
+        ([100, 1000, 1000, 1], "gelu", "bf16", mlp_host.H100_SHARED, "streamed"),
+        ([100, 1000, 1000, 1], "gelu", "bf16", mlp_host.CONSUMER_SHARED, "streamed"),
+        ([100, 1000, 1000, 1], "gelu", "fp32", mlp_host.H100_SHARED, "streamed"),
+        ([100, 1000, 1000, 1], "gelu", "fp32", mlp_host.A100_SHARED, "streamed"),
+        ([100, 1000, 1000, 1], "gelu", "fp32", mlp_host.CONSUMER_SHARED, "lean"),
     ],
 )
-def test_regime_of_the_published_sizes(host, widths, activation, precision, shared, resident):
-    plan = host.plan(make_mlp(widths, activation), 100, precision, shared=shared)
+def test_regime_of_the_published_sizes(host, widths, activation, precision, shared, regime):
+    mlp = make_mlp(widths, activation)
+    plan = host.plan(mlp, 100, precision, shared=shared)
     assert plan["found"]
-    assert plan["resident"] == resident
+    assert plan["regime"] == mlp_host.REGIMES.index(regime)
+    assert plan["text"].startswith(f"{regime}, ")
     assert plan["shared_bytes"] <= shared
     assert plan["chains"] == 8
     assert plan["warps"] >= 4
-    assert (plan["stream_bytes"] > 0) != resident
-    assert host.plan(make_mlp(widths, activation), 1_000_000, precision, shared=shared)["chains"] >= 8
+    assert (plan["stream_bytes"] > 0) != (regime == "resident")
+    assert host.plan(mlp, 1_000_000, precision, shared=shared)["chains"] >= 8
+    assert host.unsupported_reason(mlp, precision, shared) == ""
+
+
+def test_slopes_in_device_memory_do_not_grow_with_the_chains(host):
+    mlp = make_mlp([100, 1000, 1000, 1], "gelu")
+    plans = [
+        host.plan(mlp, chains, "fp32", shared=mlp_host.CONSUMER_SHARED, energies=True)
+        for chains in (8, 132 * 8, 1_000_000)
+    ]
+    slopes = [plan["workspace_bytes"] - plan["stream_bytes"] for plan in plans]
+    assert slopes[0] == 2 * 1008 * 8 * 4  # phi' of both layers where f is asked for, of 8 chains
+    assert slopes[1:] == [132 * slopes[0]] * 2
 
 
 def test_reasons(host):
-    assert host.unsupported_reason(make_mlp([100, 1024, 1024, 1], "gelu"), "fp32", mlp_host.H100_SHARED) == ""
+    assert host.unsupported_reason(make_mlp([100, 1024, 1024, 1], "gelu"), "fp32", mlp_host.CONSUMER_SHARED) == ""
     reason = host.unsupported_reason(make_mlp([100, 4096, 4096, 1], "gelu"), "fp32", mlp_host.H100_SHARED)
     assert "the widest of 4096" in reason
     assert "232448" in reason
@@ -287,9 +345,10 @@ from mlp_host import coefficients, make_mlp
 from jlebm_fast.problem import Record, Update
 host = mlp_host.Host(host_build.load({module!r}))
 for widths, head, plan in (
-    ([18, 40, 21, 1], "identity", (1, 1, 4, 2)),
-    ([18, 40, 21, 5], "logsumexp", (1, 4, 1, 1, 0)),
-    ([7, 33, 1], "identity", (0, 2, 2)),
+    ([18, 40, 21, 1], "identity", ("resident", 1, 4, 2)),
+    ([18, 40, 21, 5], "logsumexp", ("resident", 4, 1, 1, 0)),
+    ([7, 33, 1], "identity", ("streamed", 2, 2)),
+    ([18, 40, 21, 1], "identity", ("lean", 1, 2)),
 ):
     for precision in mlp_host.PRECISIONS:
         mlp = make_mlp(widths, "gelu", head=head, chains=9, context=True)

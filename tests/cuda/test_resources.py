@@ -106,13 +106,15 @@ def usage(arch: str) -> dict[str, Usage]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_compile_within_their_limits(arch):
     found = usage(arch)
-    resident = {k: u for k, u in found.items() if "mlp_kernel" in k and "Lb1E" in k}
+    of_regime = [{k: u for k, u in found.items() if "mlp_kernel" in k and f"RegimeE{i}E" in k} for i in range(3)]
+    resident, streamed, lean = of_regime
     rows = {k: u for k, u in found.items() if re.search(r"\d+langevin_(noise|step)_kernel", k)}
-    assert len(resident) == 9, sorted(found)  # three precisions, 1, 2 or 4 tiles of chains
+    assert len(resident) == len(streamed) == 9, sorted(found)  # three precisions, 1, 2 or 4 tiles of chains
+    assert len(lean) == 3
     norms = {k: u for k, u in found.items() if "spectral_norm_kernel" in k}
     assert len(rows) == 4
     assert len(norms) == 1
-    for kernel, used in {**resident, **rows, **norms}.items():
+    for kernel, used in {**resident, **lean, **rows, **norms}.items():
         assert used.spilled == 0, kernel
         assert used.stack == 0, kernel
     for kernel, used in found.items():
