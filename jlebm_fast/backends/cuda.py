@@ -2,6 +2,7 @@
 
     resident   the weights stay in a multiprocessor's shared memory for the whole chain
     streamed   larger ones are streamed from L2 in every step, shared by the chains of a block
+    lean       the same for wide nets on chips of little shared memory: phi' of the layers waits in device memory
 
 Matrix products run in "fp32" (three tf32 products each, float32 accuracy), "tf32" or "bf16" (`precision.py`). Launches
 go to torch's current stream of the tensors' device, never synchronise, and may be captured in a CUDA graph: give the
