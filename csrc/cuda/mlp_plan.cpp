@@ -13,7 +13,6 @@ constexpr double kStepLatency = 36;            // of one step of the contraction
 constexpr double kProductCycles = 1.6;         // of one m16n8 instruction, four tensor cores at work
 constexpr double kLoadCyclesPer128Bytes = 1;   // shared memory
 constexpr double kStreamCyclesPer128Bytes = 4; // L2, all multiprocessors at once
-constexpr double kLeanCyclesPer128Bytes = 9;   // the same with 4 slots of 512 bytes a warp, three of them in flight
 constexpr double kElementCycles = 0.15;        // activation or its derivative, of one feature of one chain
 constexpr double kQuadCycles = 1.5;            // noise and update of four coordinates, all schedulers at work
 constexpr double kQuadLatency = 350;           // of the same, in one thread
@@ -77,11 +76,6 @@ int64_t lay_out(const MlpNeeds& needs, MlpPlan* plan) {
     return total;
 }
 
-double cycles_per_128_bytes(Regime regime) {
-    if (regime == Regime::kResident) return kLoadCyclesPer128Bytes;
-    return regime == Regime::kStreamed ? kStreamCyclesPer128Bytes : kLeanCyclesPer128Bytes;
-}
-
 // cycles of a step of all chains: what the multiprocessor must do for all groups of a block, or what one group waits
 // for
 double estimate(const MlpNeeds& needs, const MlpPlan& plan, int multiprocessors) {
@@ -98,7 +92,7 @@ double estimate(const MlpNeeds& needs, const MlpPlan& plan, int multiprocessors)
         const int at_once = std::min(most, row_tiles(precision, n));
         const int passes = (most + at_once - 1) / at_once;
         const double products = k_steps * n * kProductCycles * (precision == kFp32 ? 3 : 1);
-        const double weights = k_steps * 4 * cycles_per_128_bytes(plan.regime);
+        const double weights = k_steps * 4 * (plan.resident() ? kLoadCyclesPer128Bytes : kStreamCyclesPer128Bytes);
         const double operands = double(k_steps) * n * 2 / at_once * kLoadCyclesPer128Bytes;
         const double activation = kElementCycles * kTileRows * n * kTileChains;
         const double tile = std::max(products, weights + operands) + activation;
@@ -140,7 +134,9 @@ bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, in
     double best = 0;
     if (least_bytes) *least_bytes = INT64_MAX;
     const int multiprocessors = std::max(1, launch.multiprocessors);
-    for (const Regime regime : {Regime::kResident, Regime::kStreamed, Regime::kLean})
+    for (const Regime regime : {Regime::kResident, Regime::kStreamed, Regime::kLean}) {
+        // lean costs more than any other regime: for what fits none, and then at its least memory
+        if (regime == Regime::kLean && found) break;
         for (const int chain_tiles : {1, 2, 4})
             for (const int warps : {1, 2, 4, 8})
                 for (const bool z_in_shared : {true, false})
@@ -150,7 +146,6 @@ bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, in
                         p.regime = regime, p.chain_tiles = chain_tiles, p.warps = warps, p.groups = groups;
                         p.z_in_shared = z_in_shared;
                         if (z_in_shared && !needs.update) continue; // nothing to keep
-                        // lean is what needs the least memory, or nothing
                         if (regime == Regime::kLean && chain_tiles > 1) continue;
                         // more warps than tiles only wait; every group of a streamed block would stream for itself
                         if (warps > 1 && warps / 2 >= most_tiles) continue;
@@ -166,6 +161,7 @@ bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, in
                         if (found && cycles >= best) continue;
                         found = true, best = cycles, *plan = p;
                     }
+    }
     if (found && !plan->resident()) lay_out_streams(needs, plan);
     return found;
 }

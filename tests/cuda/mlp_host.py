@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -15,6 +16,7 @@ from jlebm_fast.backends import cpu, eager
 from jlebm_fast.problem import MLP, ChainResult, MLPSpec, Record, Update
 
 PRECISIONS = {"fp32": 0, "tf32": 1, "bf16": 2}
+POISON = 0xFF  # in every byte: a NaN in every precision
 REGIMES = ("resident", "streamed", "lean")
 H100_SHARED, A100_SHARED, CONSUMER_SHARED = 232448, 166912, 101376
 
@@ -125,9 +127,13 @@ def coefficients(n_steps: int, step_size: float = 0.4) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Calls of the host build with tensors; outputs are poisoned with NaN first."""
+    """Calls of the host build with tensors; outputs and workspaces are poisoned first.
+
+    workspaces   of the last call
+    """
 
     module: object
+    workspaces: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=1))
 
     def run_energy_grad(
         self, z: Tensor, mlp: MLP, precision: str, *, plan=(), limits=host_build.H100, seed=1
@@ -204,8 +210,9 @@ class Host:
         launch = (0, seed, PRECISIONS[precision], 0, 0, *limits)
         n_bytes, _ = self.module.cuda_mlp_plan(op=op, chains=chains, mlp=fields, energies=energies, launch=launch)
         # exactly as many, so that the address sanitizer sees what goes beyond
-        workspace = torch.empty(n_bytes, dtype=torch.uint8)
+        workspace = torch.full((n_bytes,), POISON, dtype=torch.uint8)
         address.append(workspace)
+        self.workspaces.append(workspace)
         return (0, seed, PRECISIONS[precision], workspace.data_ptr(), n_bytes, *limits)
 
     def _want(self, plan: tuple[str | int, ...]) -> None:

@@ -12,7 +12,7 @@ import host_build
 import mlp_host
 import pytest
 import torch
-from mlp_host import assert_as_good_as_torch, cast, coefficients, make_mlp, plain_chain
+from mlp_host import H100_SHARED, assert_as_good_as_torch, cast, coefficients, make_mlp, plain_chain
 
 from jlebm_fast.backends import eager
 from jlebm_fast.problem import Record, Update
@@ -324,6 +324,18 @@ def test_slopes_in_device_memory_do_not_grow_with_the_chains(host):
     slopes = [plan["workspace_bytes"] - plan["stream_bytes"] for plan in plans]
     assert slopes[0] == 2 * 1008 * 8 * 4  # phi' of both layers where f is asked for, of 8 chains
     assert slopes[1:] == [132 * slopes[0]] * 2
+
+
+def test_lean_blocks_have_slopes_of_their_own(host):
+    """The host runs one block after the other, so that blocks in each other's memory would give the right result."""
+    mlp, blocks = make_mlp([6, 40, 70, 1], "tanh", seed=24), 3
+    host.run_chain(start(41, 6), mlp, normal_update(6, 2), 2, "fp32", plan=("lean", 1, 4), limits=(blocks, H100_SHARED))
+    (workspace,) = host.workspaces
+    of_block = 48 * 8 * 4  # the last layer's slopes are at once its delta
+    slopes = workspace[-blocks * of_block :].view(torch.float32).view(blocks, -1)
+    assert slopes.isfinite().all()
+    assert not torch.equal(slopes[0], slopes[1])
+    assert not torch.equal(slopes[1], slopes[2])
 
 
 def test_reasons(host):
