@@ -191,9 +191,13 @@ struct OfFeature {
         }
     }
 
+    JLEBM_INLINE F operator()(const F* quad) const {
+        const F first = permute(quad[0], from);
+        return S == 1 ? first : select(is_first, first, permute(quad[S - 1], from));
+    }
     JLEBM_INLINE F operator()(const float* quad) const {
-        const F first = permute(load(quad), from);
-        return S == 1 ? first : select(is_first, first, permute(load(quad + (S - 1) * kLanes), from));
+        const F vectors[2] = {load(quad), load(quad + (S - 1) * kLanes)};
+        return (*this)(vectors);
     }
 };
 
@@ -230,19 +234,28 @@ struct FewWorkspace : MlpWorkspace<1> {
     }
 };
 
-// f into energy, from the last hidden layer, as last_layer_of_identity_head in cpu/mlp_lanes.h sums it
-template <int S, class Add>
-inline void few_energy(const MlpParams& mlp, F* energy, const Add add) {
-    const int last = mlp.n_hidden - 1;
+// f into energy, from the last hidden layer, as last_layer_of_identity_head in cpu/mlp_lanes.h sums it: factor * value,
+// feature by feature within each tile of outputs. A chain's running sum goes round its four lanes, to where the next
+// feature is. terms(quad, s, factor, value) gives those of one vector.
+template <int S, class Terms>
+inline void few_energy(const MlpParams& mlp, F* energy, const Terms terms) {
+    const int last = mlp.n_hidden - 1, n = mlp.widths[last + 1];
     const float* bias = mlp.biases[last + 1];
     *energy = splat(bias ? mlp.out_scale * *bias : 0.0f);
     const OfFeature<S> of[4] = {OfFeature<S>(0), OfFeature<S>(1), OfFeature<S>(2), OfFeature<S>(3)};
-    const Tiles tiles = tiles_of(mlp.widths[last + 1]);
-    for (int t = 0, j = 0; t < tiles.count; ++t) {
-        F sum{};
-        for (const int end = j + tiles.base + (t < tiles.longer); j < end; ++j)
-            sum = add(j, of[j % 4], int64_t(j / 4) * S * kLanes, sum);
-        *energy = *energy + sum;
+    const Tiles tiles = tiles_of(n);
+    int tile = 0, tile_end = tiles.base + (tile < tiles.longer);
+    F sum[S] = {};
+    for (int q = 0; q < quads(n); ++q) {
+        F factor[S], value[S];
+        for (int s = 0; s < S; ++s) terms(q, s, factor[s], value[s]);
+        for (int i = 0; i < 4 && 4 * q + i < n; ++i) {
+            for (int s = 0; s < S; ++s) sum[s] = fma(factor[s], value[s], next_in_four(sum[s]));
+            if (4 * q + i + 1 < tile_end) continue;
+            *energy = *energy + of[i](sum);
+            for (F& x : sum) x = F{};
+            tile_end += tiles.base + (++tile < tiles.longer);
+        }
     }
 }
 
@@ -255,25 +268,27 @@ inline void few_last_layer(const PackedMlp& packed, const FewMlp& few, FewWorksp
     const float *const positive = packed.last_delta, *const negative = packed.last_delta_negative;
     run_few_layer<S>(few.forward[last], in, last == 0 ? ws.few_context : nullptr, slope);
     if (packed.fused[last]) {
+        const auto delta = [=](int q, F a) {
+            return a > 0.0f ? load_four(positive + 4 * q) : load_four(negative + 4 * q);
+        };
         if (energy)
-            few_energy<S>(mlp, energy, [=](int j, const OfFeature<S>& of, int64_t at, F sum) {
-                const F a = of(slope + at);
-                return fma(a > 0.0f ? splat(positive[j]) : splat(negative[j]), a, sum);
+            few_energy<S>(mlp, energy, [=](int q, int s, F& factor, F& a) {
+                a = load(slope + (q * S + s) * kLanes);
+                factor = delta(q, a);
             });
-        for (int q = 0; q < n; ++q) {
-            const F above = load_four(positive + 4 * q), below = load_four(negative + 4 * q);
+        for (int q = 0; q < n; ++q)
             for (int s = 0; s < S; ++s) {
                 float* const at = slope + (q * S + s) * kLanes;
-                store(at, load(at) > 0.0f ? above : below);
+                store(at, delta(q, load(at)));
             }
-        }
         return;
     }
     float* const h = energy ? ws.pre[last & 1] : nullptr;
     activate_rows_of(mlp.activations[last])(slope, mlp.activation_params[last], h, slope, int64_t(n) * S);
     if (energy)
-        few_energy<S>(mlp, energy, [=](int j, const OfFeature<S>& of, int64_t at, F sum) {
-            return fma(splat(positive[j]), of(h + at), sum);
+        few_energy<S>(mlp, energy, [=](int q, int s, F& factor, F& value) {
+            factor = load_four(positive + 4 * q);
+            value = load(h + (q * S + s) * kLanes);
         });
     for (int q = 0; q < n; ++q) {
         const F weight = load_four(positive + 4 * q);

@@ -45,13 +45,17 @@ inline PackedLayer pack_layer(float* to, const float* w, int n_out, int n_in, in
     for (int t = 0, j0 = 0; t < tiles.count; ++t) {
         const int width = tiles.base + (t < tiles.longer);
         const float* from = w + j0 * stride_out;
-        for (int k = 0; k < n_in; ++k, p += width) {
+        if (stride_out == 1) {
             // rows of consecutive outputs: 16 floats at once, the surplus is overwritten by the next row
-            if (stride_out == 1 && k * stride_in + j0 + kTilePad <= int64_t(n_in) * n_out) {
-                std::memcpy(p, from + k * stride_in, kTilePad * sizeof(float));
-                continue;
+            for (int k = 0; k < n_in; ++k, p += width, from += stride_in) {
+                const bool inside = k * stride_in + j0 + kTilePad <= int64_t(n_in) * n_out;
+                std::memcpy(p, from, size_t(inside ? kTilePad : width) * sizeof(float));
             }
-            for (int j = 0; j < width; ++j) p[j] = from[j * stride_out + k * stride_in];
+        } else {
+            // the long loop inside: one over a tile's few outputs costs five times as much
+            for (int j = 0; j < width; ++j, from += stride_out)
+                for (int k = 0; k < n_in; ++k) p[k * width + j] = from[k * stride_in];
+            p += int64_t(width) * n_in;
         }
         j0 += width;
     }

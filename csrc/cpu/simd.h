@@ -107,6 +107,9 @@ template <int K>
 JLEBM_INLINE F repeat_in_four(F a) { // lane K of each group, in all four
     return (F)_mm512_permute_ps((__m512)a, K * 0x55);
 }
+JLEBM_INLINE F next_in_four(F a) { // every lane's value in the group's next lane, the last one's in the first
+    return (F)_mm512_permute_ps((__m512)a, 0x93);
+}
 JLEBM_INLINE F permute(F a, I from) { return (F)_mm512_permutexvar_ps((__m512i)from, (__m512)a); }
 #elif defined(__AVX2__)
 JLEBM_INLINE F load_four(const float* p) { return (F)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
@@ -114,6 +117,7 @@ template <int K>
 JLEBM_INLINE F repeat_in_four(F a) {
     return (F)_mm256_permute_ps((__m256)a, K * 0x55);
 }
+JLEBM_INLINE F next_in_four(F a) { return (F)_mm256_permute_ps((__m256)a, 0x93); }
 JLEBM_INLINE F permute(F a, I from) { return (F)_mm256_permutevar8x32_ps((__m256)a, (__m256i)from); }
 #else
 JLEBM_INLINE F load_four(const float* p) { return load(p); }
@@ -121,6 +125,7 @@ template <int K>
 JLEBM_INLINE F repeat_in_four(F a) {
     return splat(a[K]);
 }
+JLEBM_INLINE F next_in_four(F a) { return F{a[3], a[0], a[1], a[2]}; }
 JLEBM_INLINE F permute(F a, I from) { return F{a[from[0]], a[from[1]], a[from[2]], a[from[3]]}; }
 #endif
 
