@@ -118,6 +118,7 @@ PYBIND11_MODULE(_C, m) {
 #else
     m.attr("cuda") = false;
 #endif
+    bind_objects(m);
     bind_plain(m);
     m.def("cpu_target", [] { return std::string(cpu_kernels().target); }, "target whose kernels run");
     m.def("cpu_lanes", [] { return cpu_kernels().lanes; });

@@ -154,6 +154,7 @@ struct Layers {
     int64_t chains = 0, dim = 0;
     float* rows[kMostLayers];
     int64_t widths[kMostLayers];
+    int32_t n_dims[kMostLayers];
 
     bool read(py::handle latents) {
         if (!PyList_Check(latents.ptr()) && !PyTuple_Check(latents.ptr())) return add(latents);
@@ -188,7 +189,7 @@ private:
         if (t.n_dims == 4 && (t.shape[2] != 1 || t.shape[3] != 1)) return false;
         if (count > 0 && t.shape[0] != chains) return false;
         chains = t.shape[0], dim += t.shape[1];
-        rows[count] = static_cast<float*>(t.data), widths[count] = t.shape[1];
+        rows[count] = static_cast<float*>(t.data), widths[count] = t.shape[1], n_dims[count] = t.n_dims;
         ++count;
         return true;
     }
@@ -254,6 +255,31 @@ bool result_of(py::handle record, py::handle thin, MlpLangevinChainParams& p, in
            array_or_none(fields.next(), kFloat32, {kept, p.chains}, p.record.displacement) &&
            array_or_none(fields.next(), kInt64, {p.chains}, p.record.first_bad_step) &&
            array_or_none(fields.next(), kFloat32, {kept, p.chains, dim}, p.record.trajectory);
+}
+
+// layout, of latents.py, whose container is torch.Tensor, list or tuple: whether z lies so, in plain tensors that hold
+// their values and not their negatives (a conjugate's imag), layers of no more than `most` floats in all
+bool latents(py::handle z, py::handle layout, int64_t most) {
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    Fields fields(layout);
+    const py::handle container = fields.next();
+    const bool one = container.ptr() == reinterpret_cast<PyObject*>(tensor_class);
+    if (!one && reinterpret_cast<PyObject*>(Py_TYPE(z.ptr())) != container.ptr()) return false;
+    Layers found;
+    if (!found.read(z) || (!one && found.chains * found.dim > most)) return false;
+    Fields dims(fields.next()), trailing(fields.next());
+    if (dims.size() != found.count) return false;
+    PyObject* alone = z.ptr();
+    Fields layers = one ? Fields(&alone, 1) : Fields(z);
+    for (size_t l = 0; l < found.count; ++l) {
+        if (dims.integer() != found.widths[l] || 2 + Fields(trailing.next()).size() != size_t(found.n_dims[l]))
+            return false;
+        const py::object negative =
+            py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(layers.next().ptr(), is_neg));
+        if (!negative) throw py::error_already_set();
+        if (negative.ptr() != Py_False) return false;
+    }
+    return true;
 }
 
 // --- the operations
@@ -368,8 +394,8 @@ bool mlp_langevin_chain(py::handle z, py::handle mlp, py::handle update, py::han
 }
 
 // What a record's own reader throws (an unknown activation, say) is for the checks of ops.py to put in words.
-template <auto operation, class... Handles>
-bool plain(Handles... arguments) {
+template <auto operation, class... Arguments>
+bool plain(Arguments... arguments) {
     if (exchange == nullptr) return false;
     try {
         return operation(arguments...);
@@ -388,6 +414,7 @@ void bind_plain(py::module_& m) {
     m.def("read_tensors_through", &read_tensors_through, py::arg("capsule"), py::arg("tensor"), py::arg("parameter"),
           py::arg("widest"),
           "give the plain calls DLPack's table, torch's classes and the widest layer; whether they know the table");
+    m.def("plain_latents", &plain<latents, py::handle, py::handle, int64_t>);
     m.def("plain_langevin_noise",
           &plain<langevin_noise, py::handle, py::handle, py::handle, py::handle, py::handle, int>);
     m.def("plain_langevin_step", &plain<langevin_step, py::handle, py::handle, py::handle, py::handle, int>);

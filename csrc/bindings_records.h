@@ -21,6 +21,8 @@ namespace jlebm {
 void bind_cuda(py::module_& m);
 // questions to the driver
 void bind_cuda_devices(py::module_& m);
+// questions about Python's objects
+void bind_objects(py::module_& m);
 // operations on Python's tensors, on the CPU
 void bind_plain(py::module_& m);
 
@@ -42,6 +44,8 @@ public:
         else
             throw py::type_error("a record must be a tuple or a list");
     }
+
+    Fields(PyObject** items, size_t size) : items_(items), size_(Py_ssize_t(size)) {}
 
     size_t size() const { return size_t(size_); }
 

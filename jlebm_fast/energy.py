@@ -335,6 +335,24 @@ class EnergyMLP(nn.Module):
             return MLP(self.spec, tuple(weights), biases, context_bias)
         return MLP(self._logit_spec, tuple(weights), biases, context_bias, self._check_logit(y, z))
 
+    def parameters_as_they_are(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
+        """(weights, biases), the very parameters, where the layers are nothing but them: no norm, hook or
+        parametrisation; otherwise None."""
+        weights, biases = [], []
+        for layer in self._modules["layers"]._modules.values():
+            parameters = layer._parameters
+            if (
+                type(layer) is not EnergyLinear  # a parametrised layer is of a class of its own
+                or layer.spectral_norm
+                or layer._forward_hooks
+                or layer._forward_pre_hooks
+                or "weight" not in parameters
+            ):
+                return None
+            weights.append(parameters["weight"])
+            biases.append(parameters.get("bias"))
+        return tuple(weights), tuple(biases)
+
     def _check_context(self, context: Tensor | None, z: Tensor) -> Tensor:
         chains = z.shape[0]
         shapes = ((self.context_dim,), (chains, self.context_dim))

@@ -52,6 +52,8 @@ def autocast_enabled(device: torch.device) -> bool:
 
 _set_grad_enabled = torch._C._set_grad_enabled  # what torch.set_grad_enabled, a context manager, calls
 _any_autocast = torch._C._is_any_autocast_enabled  # a tenth of the time of asking for one device
+_modes_of_dispatch = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
 _has_autocast = functools.cache(torch.amp.autocast_mode.is_autocast_available)
 
 
@@ -62,10 +64,15 @@ def watched(z: Tensor | None = None) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _modes_of_dispatch() > 0
+        or _transforms() is not None
         or (z is not None and type(z) is not Tensor and type(z) is not torch.nn.Parameter)
     )
+
+
+def unwatched() -> bool:
+    """`not watched()` outside a compiler, in half the time."""
+    return _modes_of_dispatch() == 0 and _transforms() is None
 
 
 def capturing(device: torch.device) -> bool:

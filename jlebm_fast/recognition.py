@@ -47,6 +47,7 @@ _FORWARD_ERRORS = (
 )
 _TEST_CHAINS = (3, 7)
 _TEST_TOLERANCE = 1e-9
+_CPU = torch.device("cpu")
 _DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
@@ -142,7 +143,30 @@ class Recognised:
         self.layers = [_Layer(net, site) for site in structure.sites]
         sites = tuple([(s.path, s.kind, s.weight, s.bias_path, s.bias) for s in structure.sites])
         self.plain = (structure.spec, structure.columns, sites)
+        self._places = self._parameter_places()
         self._column_index: dict[torch.device, Tensor] = {}  # made once: a copy to a GPU waits for it
+
+    def _parameter_places(self) -> tuple[list[tuple], list[tuple]] | None:
+        """(weakly the owner, name) of each weight and bias, where the net is nothing but its parameters."""
+        if self.columns is not None or any(layer.kind != "parameter" for layer in self.layers):
+            return None
+        weights = [(layer.owner, layer.weight_name) for layer in self.layers]
+        if any(owner()._parameters[name].dim() != 2 for owner, name in weights):
+            return None
+        return weights, [(layer.bias_owner, layer.bias_name) for layer in self.layers]
+
+    def plain_mlp(self, sign: float) -> MLP:
+        """`mlp`, whose tensors may still be attached to autograd, and strided as they like."""
+        if self._places is None:
+            with chain_mode(_CPU):
+                return self.mlp(sign)
+        weights, biases = self._places
+        spec = self.spec if sign == 1.0 else self.spec.negated
+        return MLP(
+            spec,
+            tuple([owner()._parameters[name] for owner, name in weights]),
+            tuple([None if name is None else owner()._parameters[name] for owner, name in biases]),
+        )
 
     def mlp(self, sign: float = 1.0) -> MLP:
         """The energy times sign, with the parameters of this moment."""
@@ -372,16 +396,22 @@ class EnergySource:
         return mlp
 
     def plain_mlp(self, layout: LatentLayout, sign: float, widest: int) -> MLP | None:
-        """`mlp` without context or chosen logit, not yet compared with z; None where it takes more than that, or has a
-        layer wider than `widest`."""
+        """`mlp` on the CPU without context or chosen logit, in any mode of the caller's; None where it takes more than
+        that, or has a layer wider than `widest`. Not yet compared with z; its tensors are for `cpu_plain.py`, which
+        reads no more than their memory."""
         net = self.energy if type(self.energy) is EnergyMLP else self.net
-        if is_plain_energy_mlp(net):
-            if net.context_dim or net.spec.widest > widest:
+        if _runs_energy_mlp_forward(net):
+            if net.context_dim or net.spec.widest > widest or net.spec.head == "logit":
                 return None
             if layout.container is not Tensor and layout.dims != net.latent_dims:
                 return None
-            mlp = net.mlp(None)
-            return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
+            parameters = net.parameters_as_they_are()
+            if parameters is not None:
+                return MLP(net.spec if sign == 1.0 else net.spec.negated, *parameters)
+            if is_plain_energy_mlp(net):
+                with chain_mode(_CPU):
+                    mlp = net.mlp(None)
+                return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
         found = self.found(layout, {})
         if isinstance(found, Unrecognised):
             self.was_mlp = False
@@ -389,7 +419,7 @@ class EnergySource:
         if found.spec.widest > widest:
             return None
         self._remember(found, layout, net.training)
-        return found.mlp(sign)
+        return found.plain_mlp(sign)
 
     def _energy_mlp(
         self,
@@ -410,12 +440,14 @@ class EnergySource:
 
 def is_plain_energy_mlp(net: object) -> bool:
     """An EnergyMLP whose forward is EnergyMLP's: no subclass that changes it, no hook, no foreign normalisation."""
+    # a parametrised layer is of a class of its own
+    return _runs_energy_mlp_forward(net) and set(map(type, net._modules["layers"]._modules.values())) == {EnergyLinear}
+
+
+def _runs_energy_mlp_forward(net: object) -> bool:
     if not isinstance(net, EnergyMLP) or type(net).forward is not EnergyMLP.forward or "forward" in net.__dict__:
         return False
-    if net._forward_hooks or net._forward_pre_hooks or any(HOOKS_OF_ALL):
-        return False
-    # a parametrised layer is of a class of its own
-    return set(map(type, net._modules["layers"]._modules.values())) == {EnergyLinear}
+    return not (net._forward_hooks or net._forward_pre_hooks or any(HOOKS_OF_ALL))
 
 
 def _is_compiled(net: object) -> bool:

@@ -28,25 +28,31 @@ def draw_noise_key(generator: torch.Generator | None = None, device: torch.devic
         if source.type not in ("cpu", device.type):
             wanted = "cpu" if device.type == "cpu" else f"cpu or {device.type}"
             raise ValueError(f"generator must be a torch.Generator on {wanted}, got one on {source}")
-    # torch.randint(0, 2**32, (2,)) by its parts, which cost half as much
-    reusable = source == _CPU and not watched()
+    if source == _CPU and not watched():
+        return draw_unwatched(generator)
+    return _drawn(torch.empty(2, dtype=torch.int64, device=source), generator)
+
+
+def draw_unwatched(generator: torch.Generator | None) -> int:
+    """`draw_noise_key` from a generator on the CPU, or None, where nobody looks on."""
     try:
-        words = _spare.pop() if reusable else torch.empty(2, dtype=torch.int64, device=source)
+        words = _spare.pop()
     except IndexError:
-        words = _plain_words()
+        with torch.inference_mode(False):  # what is made inside it could not be written outside
+            words = torch.empty(2, dtype=torch.int64, device=_CPU)
+    key = _drawn(words, generator)
+    _spare.append(words)
+    return key
+
+
+def _drawn(words: Tensor, generator: torch.Generator | None) -> int:
+    # torch.randint(0, 2**32, (2,)) by its parts, which cost half as much
     low, high = words.random_(0, 1 << 32, generator=generator).tolist()
-    if reusable:
-        _spare.append(words)
     return low | (high << 32)
 
 
 # memory that keys are drawn in: what is in use by a thread is not in the list
 _spare: list[Tensor] = []
-
-
-def _plain_words() -> Tensor:
-    with torch.inference_mode(False):  # what is made inside it could not be written outside
-        return torch.empty(2, dtype=torch.int64, device=_CPU)
 
 
 def draw_key_in_graph(generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -17,10 +17,10 @@ from .checks import check_like, describe, whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .explanation import explain
 from .latents import LatentLayout, flatten_latents, flatten_mask
-from .modes import capturing, chain_mode, device_of, watched
+from .modes import capturing, chain_mode, device_of, unwatched, watched
 from .problem import ChainResult, MLPSpec, Record, Update
 from .recognition import EnergySource
-from .rng import noise_key_of
+from .rng import draw_unwatched, noise_key_of
 
 PRECISIONS = (None, *precision.NAMES)
 Latents = Tensor | list[Tensor] | tuple[Tensor, ...]
@@ -127,6 +127,8 @@ class FastLangevin:
             ("_constants", constants),
             ("_per_chain", per_chain),
             ("_prior_of_tensors", of_tensors),
+            ("_may_be_plain", self.backend in cpu_plain.BACKENDS and not per_chain and not of_tensors),
+            ("_usual", None),
         ):
             object.__setattr__(self, name, value)
 
@@ -205,15 +207,18 @@ class FastLangevin:
             }
             return in_graph.sample(self, z, options)
         thin = whole(thin)
+        if self._may_be_plain and self._source.was_mlp and log_likelihood is noise is mask is context is y is None:
+            asked = (z, generator, noise_key, first_step, first_chain, return_info, return_trajectory, thin)
+            if torch.is_inference_mode_enabled():  # what is made inside it could not be used outside
+                with torch.inference_mode(False):
+                    key, answer = self._sample_plain(*asked)
+            else:
+                key, answer = self._sample_plain(*asked)
+            if answer is not None:
+                return answer
+            if key is not None:
+                noise_key, generator = key, None
         with chain_mode(device_of(z)):
-            if self._source.was_mlp and log_likelihood is noise is mask is context is y is None:
-                key, answer = self._sample_plain(
-                    z, generator, noise_key, first_step, first_chain, return_info, return_trajectory, thin
-                )
-                if answer is not None:
-                    return answer
-                if key is not None:
-                    noise_key, generator = key, None
             flat, layout = flatten_latents(z)
             if flat.is_inference():
                 flat = flat.clone()
@@ -240,21 +245,36 @@ class FastLangevin:
         their own structure. The second result is None where the call is not of that kind, and nothing was done; the
         first is then the noise key if one had to be drawn to see it.
         """
-        layout = None
-        if self.backend in cpu_plain.BACKENDS and not self._per_chain and not self._prior_of_tensors:
-            layout = None if watched() else cpu_plain.plain_layout(z)
-        known = None if layout is None else self._constants.get((layout.dim, torch.float32, _CPU))
-        if known is None or type(thin) is not int or thin < 1:
+        if type(thin) is not int or thin < 1 or not unwatched():
             return None, None
+        usual = self._usual
+        if usual is None or not cpu_plain.lies_as(z, usual[0]):
+            usual = self._usual_of(z)
+            if usual is None:
+                return None, None
+        layout, rows, mean, precision = usual
         mlp = self._source.plain_mlp(layout, 1.0 if self.maximize else -1.0, cpu_plain.WIDEST_LANES_LAYER)
         if mlp is None:
             return None, None
-        noise_key = noise_key_of(noise_key, generator, _CPU)
-        rows, mean, precision = known
+        if noise_key is None and generator is None:
+            noise_key = draw_unwatched(None)
+        else:
+            noise_key = noise_key_of(noise_key, generator, _CPU)
         update = Update(rows, None, mean, precision, None, None, noise_key, whole(first_step), whole(first_chain))
         record = Record(return_info, return_trajectory, thin)
         result = cpu_plain.chain_of_latents(z, layout, mlp, update, self.n_steps, record)
         return noise_key, None if result is None else self._answer(result, result.z, record)
+
+    def _usual_of(self, z: Latents) -> tuple[LatentLayout, Tensor, Tensor | None, Tensor | None] | None:
+        """The layout of latents that are plain, and the constants that an earlier call made for their width; kept for
+        the next call."""
+        layout = cpu_plain.plain_layout(z)
+        known = None if layout is None else self._constants.get((layout.dim, torch.float32, _CPU))
+        if known is None:
+            return None
+        usual = (layout, *known)
+        object.__setattr__(self, "_usual", usual)
+        return usual
 
     def _answer(self, result: ChainResult, end: Latents, record: Record) -> Latents | tuple[Latents, LangevinInfo]:
         """What sample returns, from the end of the chain in the structure of its start."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from .backends import _native
 
 _PLAIN = (bool, int, float, str, type(None))
 _ABSENT = object()
@@ -28,25 +31,47 @@ _NORM_HOOKS = (SpectralNorm, WeightNorm)
 HOOKS_OF_ALL = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 
 
+class _Snapshot:
+    """Dicts, lists and objects, and the very objects that they held: what a kernel's module compares in no time."""
+
+    def __init__(self, most: int) -> None:
+        self._holders, self._entries, self._most = [], [], most
+
+    def add(self, holder: object) -> None:
+        self._holders.append(holder)
+        if isinstance(holder, list):
+            self._entries += holder[: self._most]
+        else:
+            entries = holder if isinstance(holder, dict) else vars(holder)
+            self._entries += itertools.chain(*itertools.islice(entries.items(), self._most))
+        self._entries.append(holder)
+
+    def holds(self) -> bool:
+        return _native.load().same_entries(self._holders, self._entries, self._most)
+
+
 class Guards:
     """A snapshot of everything about a module, except values of tensors, that its structure may depend on."""
 
     def __init__(self, net: nn.Module) -> None:
-        self._classes, self._scalars, self._identities, self._lengths, self._shapes = [], [], [], [], []
-        self._others, self._ties = [], []
+        self._classes, self._scalars, self._identities, self._shapes = [], [], [], []
+        self._others, self._ties, self._collections = [], [], []
         self._forwards: dict[type, object] = {}
         owners: dict[int, tuple[dict, str]] = {}
+        # all entries of the first, as many of the second as `frozen` looks at
+        self._own, self._inner = _Snapshot(sys.maxsize), _Snapshot(_MOST_WATCHED)
         for module in net.modules():
             entries = module.__dict__
             self._classes.append((weakref.ref(module), type(module)))
             self._forwards[type(module)] = forward_of(type(module))
             for holder in (entries, *(options_of(name, value) for name, value in entries.items())):
                 self._scalars += [(holder, name, v) for name, v in holder.items() if type(v) in _PLAIN]
-            self._others += [
-                (entries, name, frozen(value))
-                for name, value in entries.items()
-                if name not in _OF_EVERY_MODULE and type(value) not in _PLAIN
-            ]
+                self._own.add(holder)
+            for name, value in entries.items():
+                if name not in _OF_EVERY_MODULE and type(value) not in _PLAIN:
+                    self._others.append((entries, name, frozen(value)))
+                    for container in containers_in(value):
+                        self._inner.add(container)
             for name, p in module._parameters.items():
                 self._shapes.append((module._parameters, name, shape_of(p)))
                 if p is not None:
@@ -54,11 +79,16 @@ class Guards:
                     if first[0] is not module._parameters or first[1] != name:
                         self._ties.append((*first, module._parameters, name))
             self._identities += [(module._modules, name, id(child)) for name, child in module._modules.items()]
+            self._own.add(module._modules)
             hooks = (module._modules, module._parameters, module._forward_hooks, module._forward_pre_hooks)
-            self._lengths += [(collection, len(collection)) for collection in (entries, *hooks)]
-        self._lengths += [(hooks, len(hooks)) for hooks in HOOKS_OF_ALL]
+            self._collections += [entries, *hooks]
+        self._collections += HOOKS_OF_ALL
+        self._lengths = list(map(len, self._collections))
+        outside = [(holder, name, holder.get(name)) for holder, name in outside_names(net)]
+        # identities without the objects: what a code names may be the net itself, which would then live for ever
+        self._fixed = [(holder, name, id(v)) for holder, name, v in outside if _is_told_by_identity(v)]
         self._outside = [
-            (holder, name, frozen(holder.get(name), _DEPTH_OUTSIDE)) for holder, name in outside_names(net)
+            (holder, name, frozen(v, _DEPTH_OUTSIDE)) for holder, name, v in outside if not _is_told_by_identity(v)
         ]
         self._cells = [
             (cell, frozen(_contents(cell), _DEPTH_OUTSIDE))
@@ -68,20 +98,38 @@ class Guards:
 
     def hold(self) -> bool:
         """Whether all of it is still so: a few microseconds."""
+        return (
+            list(map(len, self._collections)) == self._lengths
+            and (self._entries_are_the_same() or self._entries_are_equal())
+            and self._parameters_fit()
+            and self._surroundings_hold()
+        )
+
+    def _entries_are_the_same(self) -> bool:
+        """Whether all entries are the objects that they were, which is enough, and said at once."""
+        return _native.unavailable_reason() is None and self._own.holds() and self._inner.holds()
+
+    def _entries_are_equal(self) -> bool:
+        """Whether all entries are worth what they were, others in their place or not."""
         for entries, name, value in self._scalars:
             if entries.get(name, _ABSENT) != value:
                 return False
         for children, name, identity in self._identities:
             if id(children.get(name)) != identity:
                 return False
-        for collection, length in self._lengths:
-            if len(collection) != length:
-                return False
+        return all(frozen(entries.get(name)) == value for entries, name, value in self._others)
+
+    def _parameters_fit(self) -> bool:
         for parameters, name, shape in self._shapes:
-            if shape_of(parameters.get(name)) != shape:
+            parameter = parameters.get(name)
+            if (parameter.shape if type(parameter) is nn.Parameter else shape_of(parameter)) != shape:
                 return False
-        for entries, name, value in self._others:
-            if frozen(entries.get(name)) != value:
+        return all(one.get(name) is other.get(other_name) for one, name, other, other_name in self._ties)
+
+    def _surroundings_hold(self) -> bool:
+        """The classes, and what their code names."""
+        for holder, name, identity in self._fixed:
+            if id(holder.get(name)) != identity:
                 return False
         for holder, name, value in self._outside:
             if frozen(holder.get(name), _DEPTH_OUTSIDE) != value:
@@ -89,13 +137,33 @@ class Guards:
         for cell, value in self._cells:
             if frozen(_contents(cell), _DEPTH_OUTSIDE) != value:
                 return False
-        for one, name, other, other_name in self._ties:
-            if one.get(name) is not other.get(other_name):
-                return False
         for ref, cls in self._classes:
             if type(ref()) is not cls:
                 return False
         return all(forward_of(cls) is forward for cls, forward in self._forwards.items())
+
+
+def _is_told_by_identity(value: object) -> bool:
+    """Whether `frozen` makes nothing else of it, or there is but one such value: most names are no globals."""
+    return value is None or (not isinstance(value, _PLAIN) and frozen(value, _DEPTH_OUTSIDE) == id(value))
+
+
+def containers_in(value: object, depth: int = 4) -> Iterator[object]:
+    """The lists, dicts and objects whose entries `frozen` looks at."""
+    if depth == 0 or isinstance(value, (*_PLAIN, types.MethodType, Tensor, nn.Module)) or callable(value):
+        return
+    if isinstance(value, (list, tuple)):
+        inner = value
+    elif isinstance(value, dict):
+        inner = value.values()
+    elif hasattr(value, "__dict__") and depth > 1:
+        inner, depth = vars(value).values(), depth - 1
+    else:
+        return
+    if not isinstance(value, tuple):
+        yield value
+    for entry in itertools.islice(inner, _MOST_WATCHED):
+        yield from containers_in(entry, depth - 1)
 
 
 def forward_of(cls: type) -> object:

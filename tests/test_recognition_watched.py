@@ -11,8 +11,10 @@ from reference import published_loop
 from torch import nn
 
 import jlebm_fast as jf
+from jlebm_fast.backends import _native
 from jlebm_fast.latents import flatten_latents
 from jlebm_fast.recognition import EnergySource, Recognised, Unrecognised
+from jlebm_fast.watching import Guards
 
 OUTSIDE = {"scale": 1.0}
 
@@ -291,3 +293,58 @@ def test_a_context_made_in_inference_mode():
     prior = jf.FastLangevin(Conditional(), n_steps=2)
     with torch.inference_mode():
         assert prior(Z, context=normal(6, 3)).shape == Z.shape
+
+
+@dataclasses.dataclass
+class Shelf:
+    book: object
+
+
+def watched_module():
+    """One whose attributes hold plain values in every way that is looked into."""
+    shelf = Shelf({"a": [1, 2]})
+    options = types.SimpleNamespace(lr=0.1, sizes=[10, 14], **{f"option_{i}": str(i) for i in range(70)})
+    return Scaled(lambda module: 1.0, left=[1000, 2000], right={"x": 3000}, shelf=shelf, args=options, pair=([5],))
+
+
+# what is done to it, and whether its entries are then the same objects, and worth the same
+CHANGED_ENTRIES = {
+    "nothing": (lambda m: None, True, True),
+    "another tensor of the same shape": (lambda m: m.net[0].weight.data.zero_(), True, True),
+    "an equal number": (lambda m: m.left.__setitem__(0, int("1000")), False, True),
+    "an equal list": (lambda m: setattr(m, "left", [1000, 2000]), False, True),
+    "an equal object": (lambda m: setattr(m, "shelf", Shelf({"a": [1, 2]})), False, True),
+    "a number in a list": (lambda m: m.left.__setitem__(0, 1), False, False),
+    "one more in a list": (lambda m: m.left.append(1), False, False),
+    "one from list to dict": (lambda m: m.right.update(y=m.left.pop()), False, False),
+    "a dict renamed": (lambda m: m.right.update(y=m.right.pop("x")), False, False),
+    "deep in an object": (lambda m: m.shelf.book["a"].append(3), False, False),
+    "an object's attribute": (lambda m: setattr(m.shelf, "other", 1), False, False),
+    "a list in a tuple": (lambda m: m.pair[0].append(1), False, False),
+    "the first option": (lambda m: setattr(m.args, "lr", 0.2), False, False),
+    "a list of options": (lambda m: m.args.sizes.reverse(), False, False),
+    "the seventieth option": (lambda m: setattr(m.args, "option_69", ""), False, False),
+    "the mode of a child": (lambda m: m.net[1].eval(), False, False),
+    "a child": (lambda m: m.net.__setitem__(1, nn.Tanh()), False, False),
+}
+
+
+@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="the compiled module is missing")
+@pytest.mark.parametrize(("change", "same", "equal"), CHANGED_ENTRIES.values(), ids=CHANGED_ENTRIES)
+def test_same_objects_are_told_at_once_and_equal_ones_after_a_look(change, same, equal):
+    module = watched_module()
+    guards = Guards(module)
+    assert guards.hold()
+    change(module)
+    assert guards._entries_are_the_same() == same
+    assert guards._entries_are_equal() == equal
+    assert guards.hold() == equal
+
+
+def test_without_the_compiled_module_entries_are_looked_at(monkeypatch):
+    module = watched_module()
+    guards = Guards(module)
+    monkeypatch.setattr(_native, "unavailable_reason", lambda: "it is missing")
+    assert guards.hold()
+    module.left.append(1)
+    assert not guards.hold()

@@ -177,6 +177,11 @@ def plain_layout(z: object) -> LatentLayout | None:
     return LatentLayout(type(z), tuple(dims), ((),) * len(dims))
 
 
+def lies_as(z: object, layout: LatentLayout) -> bool:
+    """Whether `plain_layout` of z is this one, of which it was one before."""
+    return _kernels().plain_latents(z, layout, _LARGEST_COPY)
+
+
 def chain_of_latents(
     z: Tensor | list[Tensor] | tuple[Tensor, ...],
     layout: LatentLayout,

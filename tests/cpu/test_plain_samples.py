@@ -185,6 +185,30 @@ def test_other_latents_go_the_general_way(latents, monkeypatch):
     assert_same(found, outcome(sampler, latents(), {}))
 
 
+LAYOUTS = [cpu_plain.plain_layout(latents()) for _, _, latents in CALLS.values()] if cpu_plain.available() else []
+
+
+@pytest.mark.parametrize("latents", [call[2] for call in CALLS.values()] + list(OTHER_LATENTS.values()))
+def test_latents_lie_as_a_layout_says_or_not(latents):
+    """What the kernel's module says at once is what the layout made anew says."""
+    z = latents()
+    for layout in LAYOUTS:
+        assert cpu_plain.lies_as(z, layout) == (cpu_plain.plain_layout(z) == layout)
+
+
+def test_latents_of_another_structure_come_in_turn():
+    sampler = jf.FastLangevin(energy(), n_steps=3)
+    expected = {}
+    for _ in range(2):
+        for name in ("list", "tuple", "tensor", "image-shaped tensor", "one chain", "no chain"):
+            z = CALLS[name][2]()
+            found = sampler.sample(z, noise_key=4)
+            for a, b in zip(flat(found), flat(expected.setdefault(name, found)), strict=True):
+                assert torch.equal(a, b)
+            assert type(found) is type(z)
+            assert [layer.shape for layer in flat(found)] == [layer.shape for layer in flat(z)]
+
+
 OTHER_OPTIONS = {
     "key and generator": {"noise_key": 3, "generator": torch.Generator()},
     "key of a bool": {"noise_key": True},
