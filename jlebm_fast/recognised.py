@@ -1,0 +1,152 @@
+"""A module known to be an MLP: where its layers are found again, and their weights at the moment of a call.
+
+No parameter is kept, only where it stands. Spectral norm at call time follows `spectral.py`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .energy import EnergyLinear
+from .modes import capturing, chain_mode
+from .problem import MLP
+from .spectral import top_singular_triple, top_singulars
+from .tracing import LinearSite, Structure
+
+_CPU = torch.device("cpu")
+
+
+class Layer:
+    """A linear layer of the user's module, found again at every call; keeps where power iterations ended, no weight."""
+
+    def __init__(self, net: nn.Module, site: LinearSite) -> None:
+        self.kind, self.path = site.kind, site.path
+        self.owner = weakref.ref(net.get_submodule(site.path))
+        self.bias_owner = weakref.ref(net.get_submodule(site.bias_path))
+        self.weight_name, self.bias_name = site.weight, site.bias
+        self.direction: Tensor | None = None
+
+    def bias(self) -> Tensor | None:
+        """The bias of this moment."""
+        return None if self.bias_name is None else _apart(self.bias_owner()._parameters[self.bias_name])
+
+    def original_and_start(self) -> tuple[Tensor, Tensor]:
+        """Of a spectral norm: the weight [out, in] before it, and where its power iterations may start."""
+        original, u = _original_and_vector(self.owner())
+        start = self.direction
+        if start is None or start.shape != u.shape or start.dtype != u.dtype or start.device != u.device:
+            start = u
+        # what a CUDA graph reads must stay where it is
+        return original.detach().flatten(1), u if capturing(u.device) else start
+
+    def converged_buffers(self) -> dict[str, Tensor]:
+        """The buffers (u, v) of a spectral norm as they would be after enough power iterations, by their names."""
+        if self.kind != "spectral":
+            return {}
+        module = self.owner()
+        new_style = "parametrizations" in module._modules
+        weight = _original_and_vector(module)[0].detach().flatten(1)
+        u, v, _ = top_singular_triple(weight, self.direction if self.direction is not None else weight[:, 0])
+        prefix = f"{self.path}." if self.path else ""
+        names = (
+            ("parametrizations.weight.0._u", "parametrizations.weight.0._v") if new_style else ("weight_u", "weight_v")
+        )
+        return dict(zip((prefix + name for name in names), (u, v), strict=True))
+
+
+def _original_and_vector(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """The weight before a spectral norm, and the left singular vector that the module keeps of it."""
+    if "parametrizations" in module._modules:
+        chain = module._modules["parametrizations"].weight
+        return chain.original, chain[0]._u
+    name = "weight" if isinstance(module, EnergyLinear) else "weight_orig"
+    return module._parameters[name], module._buffers["weight_u"]
+
+
+def effective_weights(layers: Sequence[Layer]) -> list[Tensor]:
+    """W of each layer, or what its normalisation makes of it, [out, in]; never touches a module's buffers."""
+    weights = [_plain_weight(layer) for layer in layers]
+    normed = [i for i, weight in enumerate(weights) if weight is None]
+    tops = top_singulars([layers[i].original_and_start() for i in normed])
+    for i, top in zip(normed, tops, strict=True):
+        weights[i] = top.normalised
+        if not capturing(top.u.device):
+            layers[i].direction = top.u
+    return [_apart(weight if weight.dim() == 2 else weight.flatten(1)) for weight in weights]
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The tensor for use outside autograd: where autograd is off, as in a chain, itself."""
+    return tensor.detach() if torch.is_grad_enabled() else tensor
+
+
+def _plain_weight(layer: Layer) -> Tensor | None:
+    """The effective weight; None of a spectral norm."""
+    module = layer.owner()
+    if layer.kind == "parameter":
+        return module._parameters[layer.weight_name]
+    if layer.kind == "parametrized":
+        return module.weight
+    if layer.kind == "weight_norm":
+        (hook,) = (h for h in module._forward_pre_hooks.values() if getattr(h, "name", None) == "weight")
+        return hook.compute_weight(module)
+    return None
+
+
+class Recognised:
+    """A module known to be an MLP: its structure, and how to read its parameters."""
+
+    def __init__(self, net: nn.Module, structure: Structure) -> None:
+        self.spec = structure.spec
+        self.columns = structure.columns
+        self.layers = [Layer(net, site) for site in structure.sites]
+        sites = tuple([(s.path, s.kind, s.weight, s.bias_path, s.bias) for s in structure.sites])
+        self.plain = (structure.spec, structure.columns, sites)
+        self._places = self._parameter_places()
+        self._column_index: dict[torch.device, Tensor] = {}  # made once: a copy to a GPU waits for it
+
+    def _parameter_places(self) -> tuple[list[tuple], list[tuple]] | None:
+        """(weakly the owner, name) of each weight and bias, where the net is nothing but its parameters."""
+        if self.columns is not None or any(layer.kind != "parameter" for layer in self.layers):
+            return None
+        weights = [(layer.owner, layer.weight_name) for layer in self.layers]
+        if any(owner()._parameters[name].dim() != 2 for owner, name in weights):
+            return None
+        return weights, [(layer.bias_owner, layer.bias_name) for layer in self.layers]
+
+    def plain_mlp(self, sign: float) -> MLP:
+        """`mlp`, whose tensors may still be attached to autograd, and strided as they like."""
+        if self._places is None:
+            with chain_mode(_CPU):
+                return self.mlp(sign)
+        weights, biases = self._places
+        spec = self.spec if sign == 1.0 else self.spec.negated
+        return MLP(
+            spec,
+            tuple([owner()._parameters[name] for owner, name in weights]),
+            tuple([None if name is None else owner()._parameters[name] for owner, name in biases]),
+        )
+
+    def mlp(self, sign: float = 1.0) -> MLP:
+        """The energy times sign, with the parameters of this moment."""
+        weights = effective_weights(self.layers)
+        if self.columns is not None:
+            device = weights[0].device
+            if device not in self._column_index:
+                self._column_index[device] = torch.tensor(self.columns, device=device)
+            weights[0] = spread_columns(weights[0], self._column_index[device], self.spec.dim)
+        spec = self.spec if sign == 1.0 else self.spec.negated
+        return MLP(spec, tuple([w.contiguous() for w in weights]), tuple([layer.bias() for layer in self.layers]))
+
+    def converged_buffers(self) -> dict[str, Tensor]:
+        """Buffers with which the module's own forward is the energy of a chain."""
+        return {name: buffer for layer in self.layers for name, buffer in layer.converged_buffers().items()}
+
+
+def spread_columns(weight: Tensor, index: Tensor, dim: int) -> Tensor:
+    """The weight [out, dim] on all of z that does what `weight` [out, inputs] does on z[:, index]."""
+    return weight.new_zeros(weight.shape[0], dim).index_add_(1, index, weight.detach())
