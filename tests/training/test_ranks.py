@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from jlebm_fast.training.errors import RunError
 from jlebm_fast.training.run_folder import RunFolder
 
 HERE = pathlib.Path(__file__).parent
+PORTS = random.Random(os.getpid())  # others in every worker of a test run
 QUIET = ["--no-figures", "--device", "cpu", *TINY]
 
 
@@ -29,14 +31,22 @@ def environment(**more):
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
 
 
+def free_ports(n):
+    """Below those that a system gives to outgoing connections: earlier runs make some, and would take a later one's."""
+    ports = []
+    for port in PORTS.sample(range(15_000, 32_000), 10 * n):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+    return ports[:n]
+
+
 def start_two_ranks(commands, runs=3):
     """Processes of two ranks that find each other on ports of their own, one for each run they make."""
-    sockets = [socket.socket() for _ in range(runs)]
-    for free in sockets:
-        free.bind(("127.0.0.1", 0))
-    ports = [str(free.getsockname()[1]) for free in sockets]
-    for free in sockets:
-        free.close()
+    ports = list(map(str, free_ports(runs)))
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0], "PORTS": " ".join(ports), "WORLD_SIZE": "2"}
     return [
         subprocess.Popen(
