@@ -26,6 +26,7 @@ BACKENDS = ("auto", "cpu")
 _CLASSES = (Tensor, nn.Parameter)
 _CPU = torch.device("cpu")
 _LARGEST_COPY = 1 << 16  # floats of latents that one thread copies; beyond, torch.cat does it in all threads
+_LARGEST_PATTERN = 1 << 16  # entries of a record whose pattern is kept
 
 
 @functools.cache
@@ -182,6 +183,13 @@ def lies_as(z: object, layout: LatentLayout) -> bool:
     return _kernels().plain_latents(z, layout, _LARGEST_COPY)
 
 
+@functools.lru_cache(maxsize=8)
+def _record_like(n_kept: int, chains: int) -> tuple[Tensor, Tensor]:
+    """Patterns of an energy and a first bad step: torch.empty_like takes half as long as a shape, dtype and device."""
+    energy = torch.empty((n_kept, chains), dtype=torch.float32, device=_CPU)
+    return energy, torch.empty((chains,), dtype=torch.int64, device=_CPU)
+
+
 def chain_of_latents(
     z: Tensor | list[Tensor] | tuple[Tensor, ...],
     layout: LatentLayout,
@@ -200,6 +208,12 @@ def chain_of_latents(
         first, end = z[0], [torch.empty_like(layer) for layer in z]
         if layout.container is tuple:
             end = tuple(end)
-    result = recorded(end, first, (first.shape[0], layout.dim), n_steps, record)
+    chains, n_kept = first.shape[0], n_steps // record.thin
+    if record.diagnostics and not record.trajectory and n_kept * chains <= _LARGEST_PATTERN:
+        energy, bad_step = _record_like(n_kept, chains)
+        per_step = torch.empty_like(energy), torch.empty_like(energy), torch.empty_like(energy)
+        result = ChainResult(end, *per_step, torch.empty_like(bad_step))
+    else:
+        result = recorded(end, first, (chains, layout.dim), n_steps, record)
     fits = _kernels().plain_mlp_langevin_chain(z, mlp, update, n_steps, record.thin, result, torch.get_num_threads())
     return result if fits else None
