@@ -60,6 +60,23 @@ def test_chains_run_without(missing):
         assert "pip install" in reason
 
 
+def test_a_module_of_older_sources_is_named():
+    """After a `git pull` without a build: eager serves, and the remedy is said."""
+    pytest.importorskip("jlebm_fast._C")
+    done = run_python(
+        "import jlebm_fast._C as compiled; del compiled.same_entries\n"
+        "import torch, jlebm_fast as jf\n"
+        "sampler = jf.FastLangevin(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)), n_steps=2)\n"
+        "print(sampler(sampler(torch.zeros(4, 2))).shape == (4, 2))\n"
+        "print({b.name: b.reason for b in jf.available_backends()}['cpu'])\n"
+    )
+    assert done.returncode == 0, done.stderr
+    ran, reason = done.stdout.splitlines()
+    assert ran == "True"
+    assert "built from older sources and lacks same_entries" in reason
+    assert "pip install" in reason
+
+
 def test_core_imports_need_torch_and_numpy_alone():
     """`import jlebm_fast` pulls in nothing that only an extra brings, and works where those are absent."""
     extras = "datasets matplotlib PIL pyarrow safetensors sklearn scipy tqdm tyro jax pytest hypothesis".split()  # noqa: SIM905

@@ -9,6 +9,7 @@ from types import ModuleType
 
 REMEDY = "build it with `pip install -e .` in a checkout of jlebm_fast (needs a C++17 compiler, CMake and Ninja)"
 _NAME = "jlebm_fast._C"
+_NEWEST = ("plain_latents", "same_entries")  # functions by which a build of older sources is told
 
 
 @functools.cache
@@ -22,6 +23,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"the compiled module {_NAME} does not load ({error}); {REMEDY}"
     except RuntimeError as error:
         return None, str(error)
+    lacking = [name for name in _NEWEST if not hasattr(module, name)]
+    if lacking:
+        return None, f"the compiled module {_NAME} was built from older sources and lacks {lacking[0]}; {REMEDY}"
     return module, None
 
 

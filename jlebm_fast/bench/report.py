@@ -106,7 +106,7 @@ def plan(cases: tuple[str, ...], names: list[str], everything: bool, every_core:
                 todo.append(_chain(name, CASES[name].batch, names, False, rounds=3))
         for name in small:
             todo.append({"kind": "share", "case": name, "chains": MANY, "rounds": 31})
-            for chains, rounds in ((CASES[name].batch, 121), (MANY, 31)):
+            for chains, rounds in ((CASES[name].batch, 601), (MANY, 31)):
                 todo.append({"kind": "diagnostics", "case": name, "chains": chains, "rounds": rounds})
             todo.append({"kind": "op", "case": name, "chains": MANY, "rounds": 9})
     return todo
