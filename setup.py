@@ -1,7 +1,9 @@
 """Hands CMakeLists.txt to the build. Never imports torch: one build serves every torch."""
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +13,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# cmake and ninja installed beside this Python are found although its environment is not activated
+SEARCHED = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
+
+def missing_tools() -> list[str]:
+    """What pip would have brought for the build, had it not been told --no-build-isolation."""
+    makes_wheels = any(map(importlib.util.find_spec, ("setuptools.command.bdist_wheel", "wheel")))
+    missing = [] if makes_wheels else ["'setuptools>=70.1'"]
+    missing += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
+    return missing + [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=SEARCHED) is None]
 
 
 class CMakeBuild(build_ext):
@@ -30,8 +42,7 @@ class CMakeBuild(build_ext):
             *_given("JLEBM_CUDA_ARCHS"),
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
-        # cmake and ninja installed beside this Python are found although its environment is not activated
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+        os.environ["PATH"] = SEARCHED
         target.parent.mkdir(parents=True, exist_ok=True)
         # a new Python or an isolated build's vanished tools must not meet an old cache
         subprocess.check_call([*configure, "--fresh"] if _cmake_knows_fresh() else configure)
@@ -46,5 +57,11 @@ def _cmake_knows_fresh() -> bool:
     found = re.search(r"(\d+)\.(\d+)", subprocess.check_output(["cmake", "--version"], text=True))
     return (int(found[1]), int(found[2])) >= (3, 24)
 
+
+if {"dist_info", "editable_wheel", "bdist_wheel"} & set(sys.argv):
+    missing = missing_tools()
+    if missing:
+        sys.exit(f"jlebm_fast cannot be built here: `pip install {' '.join(missing)}` first, or leave out "
+                 "--no-build-isolation, and pip brings what the build needs")  # fmt: skip
 
 setup(ext_modules=[Extension("jlebm_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -96,6 +96,17 @@ def test_setup_never_imports_torch():
     assert imported <= {*sys.stdlib_module_names, "setuptools", "pybind11"}
 
 
+def test_what_a_build_without_isolation_lacks_is_named():
+    done = run_python(
+        "import importlib.util as u, runpy, shutil, sys; true = u.find_spec\n"
+        "u.find_spec = lambda name, package=None: None if name == 'pybind11' else true(name, package)\n"
+        "shutil.which = lambda *_, **__: None\n"
+        f"sys.argv = ['setup.py', 'dist_info']; runpy.run_path({str(ROOT / 'setup.py')!r})\n"
+    )
+    assert done.returncode == 1
+    assert "`pip install pybind11 cmake ninja` first" in done.stderr
+
+
 def native_sources() -> list[pathlib.Path]:
     return [path for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
 
