@@ -171,10 +171,20 @@ _WATCHERS = functools.reduce(
 )
 
 
+def _some_tensor_requires_grad(*args: object) -> bool:
+    return any(
+        _some_tensor_requires_grad(*arg) if isinstance(arg, (list, tuple)) else getattr(arg, "requires_grad", False)
+        for arg in args
+    )
+
+
+_any_requires_grad = getattr(torch._C, "_any_requires_grad", _some_tensor_requires_grad)  # torch 2.6 has none
+
+
 def _mlp_energy_grad_autograd(keyset, *args):
     if torch.is_grad_enabled():
         forward_mode = forward_ad._current_level >= 0
-        if forward_mode or torch._C._any_requires_grad(*args[:4]):
+        if forward_mode or _any_requires_grad(*args[:4]):
             if forward_mode or torch._C._functorch.peek_interpreter_stack() is not None:
                 return _by_formulas(*args)
             z, weights, biases, context_bias, logit, *constants = args

@@ -339,3 +339,13 @@ def test_transforms_refuse_what_a_plain_call_refuses():
         gradient(moved(mlp, dtype=torch.float64), "auto")(z)
     with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
         gradient(mlp, "nobody")(z)
+
+
+def test_who_requires_a_gradient_is_found_without_torch_s_own_search():
+    """Torch 2.6 has none."""
+    from jlebm_fast.registration import _some_tensor_requires_grad
+
+    z, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert not _some_tensor_requires_grad(z, [z, None], None, "text")
+    assert _some_tensor_requires_grad(z, [None, leaf], None)
+    assert _some_tensor_requires_grad(leaf)
