@@ -88,7 +88,9 @@ class CudaCapture:
         """After a capture that CUDA broke off: torch's generator and allocator would go on believing in it."""
         generator.graphsafe_set_state(before)
         with contextlib.suppress(RuntimeError):  # nothing to end where it never began
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+            end = end or torch._C._cuda_endAllocateCurrentStreamToPool  # the same, as torch 2.6 names it
+            end(self._device.index, self._pool)
 
 
 @contextlib.contextmanager
