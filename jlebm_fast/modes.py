@@ -71,7 +71,7 @@ def watched(z: Tensor | None = None) -> bool:
 
 
 def unwatched() -> bool:
-    """`not watched()` outside a compiler, in half the time."""
+    """`not watched()` of no tensor, outside a compiler."""
     return _modes_of_dispatch() == 0 and _transforms() is None
 
 

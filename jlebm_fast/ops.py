@@ -51,7 +51,7 @@ def langevin_step(z: Tensor, grad: Tensor, update: Update, *, backend: str = "au
 
 def mlp_energy_grad(z: Tensor, mlp: MLP, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """f [chains] and its gradient [chains, dim] of an MLP; differentiable in z, weights, biases and context_bias."""
-    if watched(z) or (torch.is_grad_enabled() and (forward_ad._current_level >= 0 or _requires_grad(z, mlp))):
+    if watched(z) or (torch.is_grad_enabled() and (forward_ad._current_level >= 0 or requires_grad(z, mlp))):
         return registration().mlp_energy_grad(z, mlp, backend)
     return direct_energy_grad(z, mlp, backend)
 
@@ -72,7 +72,7 @@ def registration() -> ModuleType:
     return registration
 
 
-def _requires_grad(z: Tensor, mlp: MLP) -> bool:
+def requires_grad(z: Tensor, mlp: MLP) -> bool:
     return any(t is not None and t.requires_grad for t in (z, *mlp.weights, *mlp.biases, mlp.context_bias))
 
 

@@ -171,14 +171,11 @@ _WATCHERS = functools.reduce(
 )
 
 
-def _some_tensor_requires_grad(*args: object) -> bool:
-    return any(
-        _some_tensor_requires_grad(*arg) if isinstance(arg, (list, tuple)) else getattr(arg, "requires_grad", False)
-        for arg in args
-    )
+def _search_by_ops(z, weights, biases, context_bias):
+    return ops.requires_grad(z, MLP(None, weights, biases, context_bias))
 
 
-_any_requires_grad = getattr(torch._C, "_any_requires_grad", _some_tensor_requires_grad)  # torch 2.6 has none
+_any_requires_grad = getattr(torch._C, "_any_requires_grad", _search_by_ops)  # torch 2.6 has none
 
 
 def _mlp_energy_grad_autograd(keyset, *args):

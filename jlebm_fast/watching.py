@@ -32,7 +32,7 @@ HOOKS_OF_ALL = (nn.modules.module._global_forward_hooks, nn.modules.module._glob
 
 
 class _Snapshot:
-    """Dicts, lists and objects, and the very objects that they held: what a kernel's module compares in no time."""
+    """Dicts, lists and objects, and the very objects that they held: what the compiled module compares."""
 
     def __init__(self, most: int) -> None:
         self._holders, self._entries, self._most = [], [], most
@@ -97,7 +97,7 @@ class Guards:
         ]
 
     def hold(self) -> bool:
-        """Whether all of it is still so: a few microseconds."""
+        """Whether all of it is still so: ten to twenty microseconds."""
         return (
             list(map(len, self._collections)) == self._lengths
             and (self._entries_are_the_same() or self._entries_are_equal())

