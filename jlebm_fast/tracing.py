@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .energy import EnergyLinear
 from .problem import MLPSpec
+from .snapshots import MOST_ENTRIES
 
 # fmt: off
 _REARRANGING = frozenset((
@@ -222,11 +224,20 @@ class Tracer(TorchFunctionMode):
         same = all(label._replace(entries=None) == first._replace(entries=None) for label in inputs)
         # in-place forms would disturb the entries that other tensors still refer to
         entries_of = lambda leaf: leaf if (label := self.get(leaf)) is None else label.entries.clone()  # noqa: E731
-        n_tensors = sum(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        leaves = tree_leaves((args, kwargs))
+        leaves += [end for leaf in leaves if isinstance(leaf, slice) for end in (leaf.start, leaf.stop, leaf.step)]
+        refused = None
+        if not same:
+            refused = f"{name} joins different things"
+        elif any(isinstance(leaf, (Tensor, np.ndarray)) and self.get(leaf) is None for leaf in leaves):
+            # an index, whose values could change unseen
+            refused = f"{name} of z and a tensor that does not come from z"
+        elif sum(isinstance(leaf, int) for leaf in leaves) > MOST_ENTRIES:
+            refused = f"{name} with more than {MOST_ENTRIES} numbers, too many to watch,"
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not same or (name in ("cat", "concat", "concatenate", "stack") and n_tensors != len(inputs)):
+        if refused is not None:
             for output in outputs:
-                self.put(output, self._unknown(f"{name} joins different things"))
+                self.put(output, self._unknown(refused))
             return
         entries = func(*tree_map(entries_of, args), **tree_map(entries_of, kwargs))
         for output, numbers in zip(outputs, tree_leaves(entries), strict=True):

@@ -64,7 +64,7 @@ def test_a_module_of_older_sources_is_named():
     """After a `git pull` without a build: eager serves, and the remedy is said."""
     pytest.importorskip("jlebm_fast._C")
     done = run_python(
-        "import jlebm_fast._C as compiled; del compiled.same_entries\n"
+        "import jlebm_fast._C as compiled; del compiled.same_things\n"
         "import torch, jlebm_fast as jf\n"
         "sampler = jf.FastLangevin(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)), n_steps=2)\n"
         "print(sampler(sampler(torch.zeros(4, 2))).shape == (4, 2))\n"
@@ -73,7 +73,7 @@ def test_a_module_of_older_sources_is_named():
     assert done.returncode == 0, done.stderr
     ran, reason = done.stdout.splitlines()
     assert ran == "True"
-    assert "built from older sources and lacks same_entries" in reason
+    assert "built from older sources and lacks same_things" in reason
     assert "pip install" in reason
 
 
