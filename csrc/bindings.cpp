@@ -79,12 +79,12 @@ void cpu_mlp_activation(int activation, float param, int64_t n, Address a, Addre
 // (n_out, n_in, weight, start, u, v, normalised) of each layer -> sigma of each
 using NormTuple = std::tuple<int64_t, int64_t, Address, Address, Address, Address, Address>;
 
-std::vector<double> cpu_spectral_norms(const std::vector<NormTuple>& layers, double tolerance, int max_iterations) {
+std::vector<double> cpu_spectral_norms(const std::vector<NormTuple>& layers, double tolerance, int most_products) {
     std::vector<double> sigmas;
     for (const auto& [n_out, n_in, weight, start, u, v, normalised] : layers) {
         if (n_out < 1 || n_in < 1) throw std::invalid_argument("a weight must have at least one row and one column");
         sigmas.push_back(spectral_norm({n_out, n_in, at<const float>(weight), at<const float>(start), tolerance,
-                                        max_iterations, at<float>(u), at<float>(v), at<float>(normalised)}));
+                                        most_products, at<float>(u), at<float>(v), at<float>(normalised)}));
     }
     return sigmas;
 }
@@ -139,8 +139,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_philox_words", &cpu_philox_words, py::arg("rounds"), py::arg("counter"), py::arg("key"));
     m.def("cpu_mlp_activation", &cpu_mlp_activation, py::kw_only(), py::arg("activation"), py::arg("param"),
           py::arg("n"), py::arg("a"), py::arg("h"), py::arg("d"), py::arg("n_threads"));
-    m.def("cpu_spectral_norms", &cpu_spectral_norms, py::arg("layers"), py::arg("tolerance"),
-          py::arg("max_iterations"));
+    m.def("cpu_spectral_norms", &cpu_spectral_norms, py::arg("layers"), py::arg("tolerance"), py::arg("most_products"));
     m.def("fma_peak", &fma_peak, py::arg("n_threads"), py::arg("seconds") = 0.2,
           "measured multiply-add rate of n_threads threads together, GFLOP/s");
 }

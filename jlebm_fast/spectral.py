@@ -2,9 +2,9 @@
 
 The rule: sigma = uᵀ W v with (u, v) the top singular pair to a relative residual `TOLERANCE`,
 ‖W Wᵀ u − sigma² u‖ <= TOLERANCE · sigma², whatever the buffers of the module say. Started from vectors that
-are nearly right (a weight that moved by one optimiser step) that costs a few power iterations; vectors that do not
-converge within `MAX_ITERATIONS` are replaced by an exact singular value decomposition. A module's own buffers
-are read as the starting point and never written here.
+are nearly right (a weight that moved by one optimiser step) that costs a few power iterations, and where the next
+singular value lies close, Lanczos' iteration (`csrc/cpu/spectral_norm.cpp`). What does not converge so is replaced by
+an exact singular value decomposition. A module's own buffers are read as the starting point and never written here.
 
 Why: a power iteration that is frozen before it has converged divides by too little, and the chain diverges. The
 relative error of sigma is of second order, residual² / relative gap to the next singular value: 1e-7, float32's
@@ -31,8 +31,9 @@ from .modes import capturing, chain_mode
 
 # float32 serves the chains; float64 is where the oracle and finite differences live
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-# beyond this many products an SVD of a 50 x 50 weight is cheaper
+# of numpy or torch: beyond this many, an SVD of a 50 x 50 weight is cheaper
 MAX_ITERATIONS = 40
+_MOST_PRODUCTS = 400  # of the compiled module, which takes one or two microseconds for each of a 50 x 50 weight
 # larger weights gain more from the threads of a matrix library than they lose by being handed to it
 _LARGEST_NATIVE = 1 << 16
 # whatever torch.set_default_device says
@@ -124,7 +125,7 @@ def _native_singulars(pairs: list[Pair]) -> list[TopSingular | None]:
         layers.append(
             (n_out, n_in, weight.data_ptr(), start.data_ptr(), u.data_ptr(), v.data_ptr(), normalised.data_ptr())
         )
-    sigmas = _native.load().cpu_spectral_norms(layers, TOLERANCE[torch.float32], MAX_ITERATIONS)
+    sigmas = _native.load().cpu_spectral_norms(layers, TOLERANCE[torch.float32], _MOST_PRODUCTS)
     # written so that NaN, a weight that is not finite, passes
     return [
         None if sigma < 0 else TopSingular(u, v, sigma, normalised)
@@ -146,7 +147,7 @@ def normalised_weights(pairs: Sequence[Pair]) -> list[Tensor]:
         v = address + 4 * n_out
         layers.append((n_out, n_in, weight.data_ptr(), start.data_ptr(), address, v, to.data_ptr()))
         address = v + 4 * n_in
-    sigmas = _native.load().cpu_spectral_norms(layers, TOLERANCE[torch.float32], MAX_ITERATIONS)
+    sigmas = _native.load().cpu_spectral_norms(layers, TOLERANCE[torch.float32], _MOST_PRODUCTS)
     return [
         _of_one(*pair).normalised if sigma < 0 else weight
         for pair, sigma, weight in zip(pairs, sigmas, normalised, strict=True)

@@ -1,10 +1,16 @@
-// Spectral norm of a weight by power iteration, the rule of jlebm_fast/spectral.py:
+// Spectral norm of a small weight, the rule of jlebm_fast/spectral.py:
 //
 //     v = W^T u, forth = W v, u <- forth / |forth|   until   |W W^T u - |v|^2 u| <= tolerance |W v|
 //     sigma = |forth| / |v|,  normalised = W / sigma
 //
+// A weight that one optimiser step moved converges in a few such power iterations, unless its next singular value lies
+// close: what a norm in training makes common. Then Lanczos' iteration (Golub and Van Loan, Matrix Computations,
+// chapter 10) finds the best u in the space of as many products, of which each halves more of the error by the inverse
+// root of the gap, and the power iterations go on from there.
+//
 // For weights that fit a core's cache: a chain of a hundred steps takes as long as a hundred calls of a matrix library.
 // Compiled once: its cost is that of calling it.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -15,7 +21,11 @@
 namespace jlebm {
 namespace {
 
-constexpr int kPartialSums = 16; // independent sums, so that the compiler may use its vectors without reordering one
+constexpr int kPowerIterations = 6; // before Lanczos is asked, and after
+constexpr int kMostLanczos = 64;    // products of one call: weights of as few rows or columns are solved by it
+constexpr int kLanczosLook = 8;     // products between two looks at the residual
+constexpr double kRounding = 1e-6;  // relative to the largest eigenvalue: nothing new in another product
+constexpr int kPartialSums = 16;    // independent sums, so that the compiler may use its vectors without reordering one
 
 float dot(const float* a, const float* b, int64_t n) {
     float sums[kPartialSums] = {};
@@ -28,20 +38,105 @@ float dot(const float* a, const float* b, int64_t n) {
     return sum;
 }
 
+// back = W^T u [n_in], forth = W back [n_out]
+void multiply(const SpectralNormParams& p, const float* u, float* back, float* forth) {
+    std::memset(back, 0, size_t(p.n_in) * sizeof(float));
+    for (int64_t r = 0; r < p.n_out; ++r) {
+        const float* row = p.weight + r * p.n_in;
+        const float factor = u[r];
+        for (int64_t c = 0; c < p.n_in; ++c) back[c] += factor * row[c];
+    }
+    for (int64_t r = 0; r < p.n_out; ++r) forth[r] = dot(p.weight + r * p.n_in, back, p.n_in);
+}
+
+// A symmetric tridiagonal matrix with positive entries beside its diagonal: T[j, j] = diagonal[j], T[j, j + 1] =
+// beside[j].
+struct Tridiagonal {
+    int n = 0;
+    double diagonal[kMostLanczos], beside[kMostLanczos];
+
+    // pivots of (bound - T) = L D L^T, all positive if and only if every eigenvalue is below the bound
+    bool is_below(double bound, double* pivots) const {
+        for (int j = 0; j < n; ++j) {
+            pivots[j] = bound - diagonal[j] - (j == 0 ? 0.0 : beside[j - 1] * beside[j - 1] / pivots[j - 1]);
+            if (!(pivots[j] > 0.0)) return false;
+        }
+        return true;
+    }
+
+    // eigenvector of the largest eigenvalue, of length 1; its entries are all positive (Perron and Frobenius)
+    void top_vector(double* vector) const {
+        double least = 0.0, above = 0.0, pivots[kMostLanczos];
+        for (int j = 0; j < n; ++j) {
+            least = std::max(least, diagonal[j]);
+            above = std::max(above, diagonal[j] + (j > 0 ? beside[j - 1] : 0.0) + (j + 1 < n ? beside[j] : 0.0));
+        }
+        above += 1e-12 * above; // Gershgorin's bound itself may be the eigenvalue
+        while (above - least > 1e-11 * above) {
+            const double middle = 0.5 * (least + above);
+            (is_below(middle, pivots) ? above : least) = middle;
+        }
+        is_below(above, pivots);
+        std::fill_n(vector, n, 1.0);
+        for (int repeat = 0; repeat < 3; ++repeat) { // inverse iteration with above - T, whose solution is positive
+            for (int j = 1; j < n; ++j) vector[j] += vector[j - 1] * beside[j - 1] / pivots[j - 1];
+            vector[n - 1] /= pivots[n - 1];
+            for (int j = n - 2; j >= 0; --j) vector[j] = (vector[j] + beside[j] * vector[j + 1]) / pivots[j];
+            double square = 0.0;
+            for (int j = 0; j < n; ++j) square += vector[j] * vector[j];
+            for (int j = 0; j < n; ++j) vector[j] /= std::sqrt(square);
+        }
+    }
+};
+
+// u, of length 1, <- the vector with the largest |W^T u| among all combinations of u, A u, A^2 u, ..., A = W W^T; the
+// number of products
+int lanczos(const SpectralNormParams& p, float* back, float* forth) {
+    const int most = int(std::min<int64_t>(kMostLanczos, std::min(p.n_out, p.n_in)));
+    std::vector<float> basis(size_t(most) * size_t(p.n_out));
+    const auto vector = [&](int j) { return basis.data() + size_t(j) * size_t(p.n_out); };
+    std::copy_n(p.u, p.n_out, vector(0));
+    Tridiagonal t;
+    double top[kMostLanczos];
+    for (;;) {
+        multiply(p, vector(t.n), back, forth);
+        for (int j = t.n; j >= 0; --j) { // against all of them: rounding would bring the first ones back
+            const float along = dot(forth, vector(j), p.n_out);
+            if (j == t.n) t.diagonal[t.n] = along;
+            for (int64_t r = 0; r < p.n_out; ++r) forth[r] -= along * vector(j)[r];
+        }
+        const double length = std::sqrt(double(dot(forth, forth, p.n_out)));
+        t.beside[t.n++] = length;
+        const double largest = *std::max_element(t.diagonal, t.diagonal + t.n);
+        bool last = t.n == most || !(length > kRounding * largest);
+        if (last || t.n % kLanczosLook == 0) {
+            t.top_vector(top);
+            // |A u - theta u| of the combination is what the last vector would add
+            last = last || length * top[t.n - 1] <= 0.5 * p.tolerance * largest;
+        }
+        if (last) break;
+        for (int64_t r = 0; r < p.n_out; ++r) vector(t.n)[r] = float(forth[r] / length);
+    }
+    std::fill_n(p.u, p.n_out, 0.0f);
+    for (int j = 0; j < t.n; ++j)
+        for (int64_t r = 0; r < p.n_out; ++r) p.u[r] += float(top[j]) * vector(j)[r];
+    const float length = std::sqrt(dot(p.u, p.u, p.n_out));
+    for (int64_t r = 0; r < p.n_out; ++r) p.u[r] /= length;
+    return t.n;
+}
+
 } // namespace
 
 double spectral_norm(const SpectralNormParams& p) {
     std::vector<float> memory(size_t(p.n_out + p.n_in));
     float *forth = memory.data(), *back = forth + p.n_out;
     std::memmove(p.u, p.start, size_t(p.n_out) * sizeof(float));
-    for (int iteration = 0; iteration < p.max_iterations; ++iteration) {
-        std::memset(back, 0, size_t(p.n_in) * sizeof(float));
-        for (int64_t r = 0; r < p.n_out; ++r) {
-            const float* row = p.weight + r * p.n_in;
-            const float factor = p.u[r];
-            for (int64_t c = 0; c < p.n_in; ++c) back[c] += factor * row[c];
+    for (int products = 0, iteration = 0; products < p.most_products; ++products, ++iteration) {
+        if (iteration == kPowerIterations) {
+            products += lanczos(p, back, forth);
+            iteration = 0;
         }
-        for (int64_t r = 0; r < p.n_out; ++r) forth[r] = dot(p.weight + r * p.n_in, back, p.n_in);
+        multiply(p, p.u, back, forth);
         const double square_back = dot(back, back, p.n_in), square_forth = dot(forth, forth, p.n_out);
         if (!std::isfinite(square_forth)) {
             std::memcpy(p.v, back, size_t(p.n_in) * sizeof(float));

@@ -10,7 +10,7 @@ struct SpectralNormParams {
     const float* weight = nullptr; // [n_out, n_in]
     const float* start = nullptr;  // [n_out], of length 1
     double tolerance = 0.0;
-    int max_iterations = 0;
+    int most_products = 0;       // of W W^T and a vector, give or take one call of Lanczos' iteration
     float* u = nullptr;          // [n_out]; may be start
     float* v = nullptr;          // [n_in]
     float* normalised = nullptr; // [n_out, n_in] W / sigma, or null
