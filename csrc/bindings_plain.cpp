@@ -410,6 +410,20 @@ bool plain(Arguments... arguments) {
 
 } // namespace
 
+std::optional<bool> tensor_has_shape(PyObject* tensor, PyObject* shape) {
+    if (exchange == nullptr) return std::nullopt;
+    DlTensor t;
+    if (exchange->tensor_from_object(tensor, &t) != 0) { // on no device, sparse, …
+        PyErr_Clear();
+        return std::nullopt;
+    }
+    Fields sizes(shape);
+    if (size_t(t.n_dims) != sizes.size()) return false;
+    for (int d = 0; d < t.n_dims; ++d)
+        if (t.shape[d] != sizes.integer()) return false;
+    return true;
+}
+
 void bind_plain(py::module_& m) {
     m.def("read_tensors_through", &read_tensors_through, py::arg("capsule"), py::arg("tensor"), py::arg("parameter"),
           py::arg("widest"),

@@ -15,6 +15,7 @@ power iteration or running mean as it was.
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -320,7 +321,6 @@ def _runs_energy_mlp_forward(net: object) -> bool:
 
 def _is_compiled(net: object) -> bool:
     """Whether it is what torch.compile makes of a module."""
-    if getattr(type(net), "__getattr__", None) is nn.Module.__getattr__:
-        # the same question to the places that it looks into: saying that there is nothing costs it a microsecond
-        return "_orig_mod" in net._modules or "_orig_mod" in net.__dict__ or hasattr(type(net), "_orig_mod")
-    return hasattr(net, "_orig_mod")
+    # the module that defines it takes seconds to import, and was imported if anything was compiled
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and isinstance(net, compiler.OptimizedModule)

@@ -27,6 +27,7 @@ from .backends import _native
 PLAIN = (bool, int, float, str, type(None))
 OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_OF_NO_ACCOUNT = OF_EVERY_MODULE - {"_modules", "_parameters", *_HOOKS}
 MOST_ENTRIES = 64  # entries looked at of a list or dict among a module's attributes
 _DEPTH = 4
 EMPTY_CELL = object()
@@ -126,9 +127,10 @@ class Objects:
         w  the same, by a weak reference        l L  a list or tuple of n entries (L: or more), then these
         a  the same, by its address             v    an object, then its dict of attributes
         c  an object of this class              p    a parameter, by a weak reference, and its shape
-        n  a collection of this length          i    whatever it is
-        e  a closure's variable without a value
+        n  a collection of this length          e    a closure's variable without a value
         x  nothing that this could tell the same: values decide
+    Between the keys of a dict:
+        s  so many keys and values, whatever they are
     """
 
     def __init__(self) -> None:
@@ -144,12 +146,17 @@ class Objects:
         self._put("M", weakref.ref(module))
         self._put("c", type(module))
         self._put("d", len(module.__dict__))
+        skipped = 0
         for name, value in module.__dict__.items():
+            if type(value) not in PLAIN and name in _OF_NO_ACCOUNT:
+                skipped += 1
+                continue
+            if skipped:
+                self._put("s", skipped)
+                skipped = 0
             self._put("o", name)
             if type(value) in PLAIN:
                 self._put("o", value)
-            elif name not in OF_EVERY_MODULE:
-                self._add(value, _DEPTH, _options_of(name, value))
             elif name == "_modules":
                 self._add(value, 2)
             elif name == "_parameters":
@@ -157,7 +164,9 @@ class Objects:
             elif name in _HOOKS:
                 self._put("n", len(value))
             else:
-                self._put("i")
+                self._add(value, _DEPTH, _options_of(name, value))
+        if skipped:
+            self._put("s", skipped)
 
     def add_name(self, mapping: Mapping[str, object], name: str, depth: int) -> None:
         self._put("N", (mapping, name))
