@@ -1,5 +1,5 @@
 // Questions about Python's own objects, of which Python asks hundreds before every chain of a user's module.
-#include "bindings_records.h"
+#include "bindings_tensors.h"
 
 namespace jlebm {
 namespace {

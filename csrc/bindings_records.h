@@ -8,7 +8,6 @@
 #include <pybind11/stl.h>
 
 #include <limits>
-#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -26,9 +25,6 @@ void bind_cuda_devices(py::module_& m);
 void bind_objects(py::module_& m);
 // operations on Python's tensors, on the CPU
 void bind_plain(py::module_& m);
-
-// whether a torch.Tensor has a shape, a tuple; nothing where that cannot be told without asking Python
-std::optional<bool> tensor_has_shape(PyObject* tensor, PyObject* shape);
 
 using Address = uintptr_t;
 

@@ -262,8 +262,9 @@ class FastLangevin:
             noise_key = noise_key_of(noise_key, generator, _CPU)
         update = Update(rows, None, mean, precision, None, None, noise_key, whole(first_step), whole(first_chain))
         record = Record(return_info, return_trajectory, thin)
-        result = cpu_plain.chain_of_latents(z, layout, mlp, update, self.n_steps, record)
-        return noise_key, None if result is None else self._answer(result, result.z, record)
+        return noise_key, cpu_plain.chain_of_latents(
+            z, layout, mlp, update, self.n_steps, record, LangevinInfo, not self.maximize
+        )
 
     def _usual_of(self, z: Latents) -> tuple[LatentLayout, Tensor, Tensor | None, Tensor | None] | None:
         """The layout of latents that are plain, and the constants that an earlier call made for their width; kept for

@@ -9,7 +9,7 @@ from types import ModuleType
 
 REMEDY = "build it with `pip install -e .` in a checkout of jlebm_fast (needs a C++17 compiler, CMake and Ninja)"
 _NAME = "jlebm_fast._C"
-_NEWEST = ("plain_latents", "same_things")  # functions by which a build of older sources is told
+_NEWEST = ("plain_chain_of_latents", "same_things")  # functions by which a build of older sources is told
 
 
 @functools.cache

@@ -190,30 +190,38 @@ def _record_like(n_kept: int, chains: int) -> tuple[Tensor, Tensor]:
     return energy, torch.empty((chains,), dtype=torch.int64, device=_CPU)
 
 
+Latents = Tensor | list[Tensor] | tuple[Tensor, ...]
+
+
 def chain_of_latents(
-    z: Tensor | list[Tensor] | tuple[Tensor, ...],
+    z: Latents,
     layout: LatentLayout,
     mlp: MLP,
     update: Update,
     n_steps: int,
     record: Record,
-) -> ChainResult | None:
-    """`mlp_langevin_chain` of latents in their own structure, in which they end: result.z is what z is.
+    info: type[tuple],
+    negative: bool,
+) -> Latents | tuple[Latents, tuple] | None:
+    """`mlp_langevin_chain` of latents in their own structure: where they end, or (end, info) if anything is recorded.
 
-    The layout is that of `plain_layout`; n_steps and record are checked, and an update of as many steps.
+    The layout is that of `plain_layout`; n_steps and record are checked, and an update of as many steps. info is a
+    named tuple's class, of ChainResult's fields behind z. negative: the energy told is -f.
     """
+    native, threads = _kernels(), torch.get_num_threads()
+    if not record.trajectory:
+        answer = native.plain_chain_of_latents(
+            z, mlp, update, n_steps, record.thin, info if record.diagnostics else None, negative,
+            torch.empty_like, _record_like, _LARGEST_PATTERN, threads,
+        )  # fmt: skip
+        if answer is not None or not record.diagnostics:
+            return answer
     if layout.container is Tensor:
         first, end = z, torch.empty_like(z)
     else:
-        first, end = z[0], [torch.empty_like(layer) for layer in z]
-        if layout.container is tuple:
-            end = tuple(end)
-    chains, n_kept = first.shape[0], n_steps // record.thin
-    if record.diagnostics and not record.trajectory and n_kept * chains <= _LARGEST_PATTERN:
-        energy, bad_step = _record_like(n_kept, chains)
-        per_step = torch.empty_like(energy), torch.empty_like(energy), torch.empty_like(energy)
-        result = ChainResult(end, *per_step, torch.empty_like(bad_step))
-    else:
-        result = recorded(end, first, (chains, layout.dim), n_steps, record)
-    fits = _kernels().plain_mlp_langevin_chain(z, mlp, update, n_steps, record.thin, result, torch.get_num_threads())
-    return result if fits else None
+        first, end = z[0], layout.container([torch.empty_like(layer) for layer in z])
+    result = recorded(end, first, (first.shape[0], layout.dim), n_steps, record)
+    if not native.plain_mlp_langevin_chain(z, mlp, update, n_steps, record.thin, result, threads):
+        return None
+    _, energy, *others = result
+    return end, info(-energy if negative and energy is not None else energy, *others)

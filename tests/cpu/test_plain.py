@@ -320,3 +320,25 @@ def test_mlp_records_of_other_sequences():
     as_lists = MLP(mlp.spec, list(mlp.weights), list(mlp.biases))
     for a, b in zip(cpu_plain.mlp_energy_grad(z, as_lists), cpu_plain.mlp_energy_grad(z, mlp), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+@pytest.mark.parametrize("thin", [1, 3])
+@pytest.mark.parametrize(("n_steps", "chains"), [(7, 5), (7, 0), (1, 1), (700, 100)])  # the last: 70,000 energies
+@pytest.mark.parametrize("trajectory", [False, True])
+@pytest.mark.parametrize("container", [list, tuple, torch.cat])
+def test_what_a_sampler_tells_does_not_depend_on_the_way(maximize, thin, n_steps, chains, trajectory, container):
+    f = jf.EnergyMLP((3, 4), 20, 2)
+    sampler = jf.FastLangevin(f, n_steps=n_steps, step_size=0.1, maximize=maximize)
+    layers = [normal(chains, 3), normal(chains, 4)]
+    z = torch.cat(layers, 1) if container is torch.cat else container(layers)
+    options = {"return_info": True, "return_trajectory": trajectory, "thin": thin, "noise_key": 5}
+    sampler.sample(z)  # what is usual is known from now on
+    end, info = sampler.sample(z, **options)
+    other_end, other_info = sampler.sample(z, **options, mask=torch.zeros(7, dtype=torch.bool))  # not plain
+    assert type(end) is type(z)
+    assert type(info) is jf.LangevinInfo
+    for got, expected in zip([*end, *info], [*other_end, *other_info], strict=True):
+        assert (got is expected is None) or torch.equal(got, expected)
+    alone = [tensor.untyped_storage().data_ptr() for tensor in info if tensor is not None and tensor.numel()]
+    assert len(set(alone)) == len(alone)

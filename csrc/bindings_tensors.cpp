@@ -1,0 +1,158 @@
+#include "bindings_tensors.h"
+
+namespace jlebm {
+namespace {
+
+struct DlExchange {
+    struct {
+        uint32_t major, minor;
+        void* older;
+    } header;
+    void *allocate, *managed_from_object, *managed_to_object;
+    int (*tensor_from_object)(void* object, DlTensor* found); // 0, or -1 with a Python exception set
+};
+
+// Set once by read_tensors_through, under the interpreter's lock.
+const DlExchange* exchange = nullptr;
+PyTypeObject *tensor_class = nullptr, *parameter_class = nullptr;
+int32_t widest_layer = 0;
+
+} // namespace
+
+bool read_tensors_through(py::handle capsule, py::handle tensor, py::handle parameter, int32_t widest) {
+    const auto* found = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (found == nullptr) throw py::error_already_set();
+    if (found->header.major != 1 || found->tensor_from_object == nullptr) return false;
+    exchange = found;
+    widest_layer = widest;
+    tensor_class = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+    parameter_class = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+    return true;
+}
+
+bool can_read_tensors() { return exchange != nullptr; }
+
+bool is_tensor_class(py::handle cls) { return cls.ptr() == reinterpret_cast<PyObject*>(tensor_class); }
+
+std::optional<bool> tensor_has_shape(PyObject* tensor, PyObject* shape) {
+    if (exchange == nullptr) return std::nullopt;
+    DlTensor t;
+    if (exchange->tensor_from_object(tensor, &t) != 0) { // on no device, sparse, …
+        PyErr_Clear();
+        return std::nullopt;
+    }
+    Fields sizes(shape);
+    if (size_t(t.n_dims) != sizes.size()) return false;
+    for (int d = 0; d < t.n_dims; ++d)
+        if (t.shape[d] != sizes.integer()) return false;
+    return true;
+}
+
+bool tensor_of(py::handle object, DlType type, DlTensor& t) {
+    if (Py_TYPE(object.ptr()) != tensor_class && Py_TYPE(object.ptr()) != parameter_class) return false;
+    if (exchange->tensor_from_object(object.ptr(), &t) != 0) { // sparse, nested, …
+        PyErr_Clear();
+        return false;
+    }
+    if (t.device.type != kDlCpu || t.type.code != type.code || t.type.bits != type.bits || t.type.lanes != type.lanes)
+        return false;
+    int64_t items = 1;
+    bool packed = true;
+    for (int d = t.n_dims - 1; d >= 0; --d) {
+        packed = packed && (t.shape[d] == 1 || t.strides[d] == items);
+        items *= t.shape[d];
+    }
+    t.data = static_cast<char*>(t.data) + t.byte_offset;
+    // without memory: the zeros that autograd writes down without making them
+    return items == 0 || (packed && t.data != nullptr);
+}
+
+bool has_shape(const DlTensor& t, std::initializer_list<int64_t> shape) {
+    return t.n_dims == int32_t(shape.size()) && std::equal(shape.begin(), shape.end(), t.shape);
+}
+
+bool integer_of(py::handle object, int64_t most, int64_t& value) {
+    if (!PyLong_CheckExact(object.ptr())) return false;
+    int overflow = 0;
+    value = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
+    return overflow == 0 && value >= 0 && value <= most;
+}
+
+bool counter_of(py::handle object, uint32_t& counter) {
+    int64_t value;
+    if (!integer_of(object, std::numeric_limits<uint32_t>::max(), value)) return false;
+    counter = uint32_t(value);
+    return true;
+}
+
+bool key_of(py::handle object, uint64_t& key) {
+    if (PyLong_CheckExact(object.ptr())) {
+        key = PyLong_AsUnsignedLongLong(object.ptr());
+        if (key != ~0ull || !PyErr_Occurred()) return true;
+        PyErr_Clear();
+        return false;
+    }
+    DlTensor t;
+    if (!tensor_of(object, kInt64, t)) return false;
+    for (int d = 0; d < t.n_dims; ++d)
+        if (t.shape[d] != 1) return false;
+    key = *static_cast<const uint64_t*>(t.data);
+    return true;
+}
+
+bool z_of(py::handle object, int64_t& chains, int64_t& dim, const float*& data) {
+    DlTensor t;
+    if (!tensor_of(object, kFloat32, t) || t.n_dims != 2) return false;
+    chains = t.shape[0], dim = t.shape[1], data = static_cast<const float*>(t.data);
+    return true;
+}
+
+bool mlp_of(py::handle record, int64_t chains, int64_t dim, MlpParams& p) {
+    static PyObject* const native_fields = PyUnicode_InternFromString("native_fields");
+    Fields fields(record);
+    if (fields.size() != 5) return false;
+    const py::object constants =
+        py::reinterpret_steal<py::object>(PyObject_GetAttr(fields.next().ptr(), native_fields));
+    if (!constants) throw py::error_already_set();
+    Fields numbers(constants);
+    mlp_constants(numbers, p);
+    Fields weights(fields.next()), biases(fields.next());
+    const size_t n_layers = size_t(p.n_hidden) + 1;
+    if (p.dim() != dim || *std::max_element(p.widths, p.widths + n_layers + 1) > widest_layer ||
+        weights.size() != n_layers || biases.size() != n_layers)
+        return false;
+    for (size_t l = 0; l < n_layers; ++l)
+        if (!array_of(weights.next(), kFloat32, {p.widths[l + 1], p.widths[l]}, p.weights[l]) ||
+            !array_or_none(biases.next(), kFloat32, {p.widths[l + 1]}, p.biases[l]))
+            return false;
+    return array_or_none(fields.next(), kFloat32, {chains, p.widths[1]}, p.context_bias) &&
+           array_or_none(fields.next(), kInt64, {chains}, p.logit) && (p.logit != nullptr) == (p.head == Head::kLogit);
+}
+
+bool update_of(py::handle record, int64_t chains, int64_t dim, int64_t n_steps, UpdateParams& p) {
+    Fields fields(record);
+    return fields.size() == 10 && array_of(fields.next(), kFloat32, {n_steps, 3}, p.step_coefficients) &&
+           array_or_none(fields.next(), kFloat32, {chains, 3}, p.chain_coefficients) &&
+           rows_or_none(fields.next(), kFloat32, chains, dim, p.prior_mean, p.prior_mean_stride) &&
+           rows_or_none(fields.next(), kFloat32, chains, dim, p.prior_precision, p.prior_precision_stride) &&
+           rows_or_none(fields.next(), kBool, chains, dim, p.frozen, p.frozen_stride) &&
+           array_or_none(fields.next(), kFloat32, {n_steps, chains, dim}, p.noise) &&
+           key_of(fields.next(), p.noise_key) && counter_of(fields.next(), p.first_step) &&
+           counter_of(fields.next(), p.first_chain) &&
+           array_or_none(fields.next(), kFloat32, {chains, dim}, p.extra_grad);
+}
+
+bool result_of(py::handle record, py::handle thin, MlpLangevinChainParams& p, int64_t dim, Layers& end) {
+    Fields fields(record);
+    if (fields.size() != 6 || !end.read(fields.next()) ||
+        !integer_of(thin, std::numeric_limits<int64_t>::max(), p.record.thin) || p.record.thin == 0)
+        return false;
+    const int64_t kept = p.n_steps / p.record.thin;
+    return array_or_none(fields.next(), kFloat32, {kept, p.chains}, p.record.energy) &&
+           array_or_none(fields.next(), kFloat32, {kept, p.chains}, p.record.grad_norm) &&
+           array_or_none(fields.next(), kFloat32, {kept, p.chains}, p.record.displacement) &&
+           array_or_none(fields.next(), kInt64, {p.chains}, p.record.first_bad_step) &&
+           array_or_none(fields.next(), kFloat32, {kept, p.chains, dim}, p.record.trajectory);
+}
+
+} // namespace jlebm
