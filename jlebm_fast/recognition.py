@@ -175,7 +175,7 @@ class EnergySource:
     def __init__(self, energy: nn.Module | Callable[..., Tensor]) -> None:
         self.energy = energy
         self._known: list[tuple] = []
-        self.was_mlp = False  # whether the latest call found an MLP: what `plain_mlp` is asked for
+        self.was_mlp = True  # until a call finds that it is none: whether `plain_mlp` is worth asking
 
     def __reduce__(self) -> tuple:
         return EnergySource, (self.energy,)
