@@ -147,26 +147,35 @@ def recognise(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognised
     return Recognised(net, first)
 
 
-_found: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Guards, Recognised | Unrecognised]]]
-_found = weakref.WeakKeyDictionary()
+class Examined(NamedTuple):
+    """What is known about a module, how often it was examined, and what had changed before the latest time."""
+
+    guards: Guards
+    found: Recognised | Unrecognised
+    times: int
+    change: str | None
+
+
+_examined: weakref.WeakKeyDictionary[nn.Module, dict[Any, Examined]] = weakref.WeakKeyDictionary()
 # layouts and modes of one module that are remembered side by side
 _MAX_REMEMBERED = 8
 
 
 def recognised(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognised:
     """`recognise`, remembered per module, layout and mode for as long as nothing that matters changes."""
-    remembered = _found.setdefault(net, {})
+    remembered = _examined.setdefault(net, {})
     key = (layout, net.training)
     entry = remembered.get(key)
     if entry is None and any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
         return Unrecognised("a scripted or traced module cannot be watched; pass the nn.Module it was made from")
-    if entry is None or not entry[0].hold():
+    if entry is None or not entry.guards.hold():
+        times, change = (0, None) if entry is None else (entry.times, entry.guards.change())
         if len(remembered) >= _MAX_REMEMBERED:
             remembered.clear()
         # the snapshot comes first: a change while tracing would be noticed at the next call
-        entry = (Guards(net), recognise(net, layout))
+        entry = Examined(Guards(net), recognise(net, layout), times + 1, change)
         remembered[key] = entry
-    return entry[1]
+    return entry.found
 
 
 class EnergySource:
@@ -233,6 +242,12 @@ class EnergySource:
     def reason(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> str:
         found = self.found(layout, {"context": context, "y": y})
         return found.reason if isinstance(found, Unrecognised) else ""
+
+    def examinations(self, layout: LatentLayout) -> tuple[int, str | None]:
+        """How often the module was examined for such latents, and what had changed before the latest time."""
+        net = self.net
+        entry = _examined.get(net, {}).get((layout, net.training)) if isinstance(net, nn.Module) else None
+        return (0, None) if entry is None else (entry.times, entry.change)
 
     def mlp(
         self, flat: Tensor, layout: LatentLayout, context: Tensor | None, y: Tensor | int | None, sign: float

@@ -102,6 +102,18 @@ def states_of(modules: Iterable[nn.Module | None]) -> list[tuple | None]:
     ]
 
 
+def changed_in(was: tuple, state: tuple) -> str:
+    """The first difference between two states of a module, in words."""
+    for what, old, new in zip(("class", "attribute", "child", "parameter", "hooks"), was, state, strict=True):
+        if old != new:
+            if not isinstance(old, dict):
+                return f"the {what}"
+            # in the order of the later one, then what it no longer has
+            name = next(n for n in (*new, *old) if n not in old or n not in new or old[n] != new[n])
+            return f"{what} '{name}'"
+    raise ValueError("the states of a module that changed were expected, got the same twice")
+
+
 def contents_of(cell: types.CellType) -> object:
     """The value of a closure's variable; EMPTY_CELL before it was given one."""
     try:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .snapshots import OF_EVERY_MODULE, Objects, contents_of, frozen, states_of
+from .snapshots import OF_EVERY_MODULE, Objects, changed_in, contents_of, frozen, states_of
 
 _DEPTH_OUTSIDE = 2  # of what is no attribute of a module: a logger or data set must not be searched at every call
 _NORM_HOOKS = (SpectralNorm, WeightNorm)
@@ -27,6 +27,7 @@ class Guards:
 
     def __init__(self, net: nn.Module) -> None:
         self._modules = [weakref.ref(module) for module in net.modules()]
+        self._paths = [path for path, _ in net.named_modules()]
         self._forwards = {type(module): forward_of(type(module)) for module in net.modules()}
         self._names = outside_names(net)
         self._functions = [weakref.ref(function) for function in functions_behind(net) if function.__closure__]
@@ -48,6 +49,25 @@ class Guards:
     def are_equal(self) -> bool:
         """Whether all are worth what they were, others in their place or not."""
         return self._values_now() == self._values
+
+    def change(self) -> str | None:
+        """The first of what is worth something else now, in words; None if nothing is."""
+        before, now = self._values, self._values_now()
+        for path, was, state in zip(self._paths, before[0], now[0], strict=True):
+            where = f"layer '{path}'" if path else "the module itself"
+            if was is not None and state is None:
+                return f"{where}, which is gone"
+            if was != state:
+                return f"{changed_in(was, state)} of {where}"
+        for cls, was, forward in zip(self._forwards, before[1], now[1], strict=True):
+            if was is not forward:
+                return f"the forward of {cls.__name__}"
+        for (_, name), was, value in zip(self._names, before[2], now[2], strict=True):
+            if was != value:
+                return f"'{name}', which its code names"
+        if before[3] != now[3]:
+            return "a variable that one of its functions sees"
+        return None if before == now else "the forward hooks of all modules"
 
     def _values_now(self) -> tuple:
         functions = [function() for function in self._functions]

@@ -136,6 +136,27 @@ def test_a_training_loop_is_examined_once(make, monkeypatch):
     assert isinstance(EnergySource(module).found(flatten_latents(Z)[1], {}), Recognised)
 
 
+class Counting(Holding):
+    def forward(self, z):
+        self.calls += 1
+        return self.net(z)
+
+
+def test_explain_says_what_had_a_module_examined_again():
+    module = Counting(calls=0)
+    prior = jf.FastLangevin(module, n_steps=1)
+    assert "examined" not in prior.explain(Z)
+    for _ in range(3):
+        prior(Z)
+        module(Z)
+    assert "examined 4 times" in prior.explain(Z)
+    assert "attribute 'calls' of the module itself had changed" in prior.explain(Z)
+    module.net[1] = nn.Sigmoid()
+    assert "child '1' of layer 'net' had changed" in prior.explain(Z)
+    module.net[0].bias = None
+    assert "parameter 'bias' of layer 'net.0' had changed" in prior.explain(Z)
+
+
 @dataclasses.dataclass
 class Shelf:
     book: object
@@ -185,6 +206,7 @@ def test_same_objects_are_told_at_once_and_equal_ones_after_a_look(change, same,
     change(module)
     assert guards.are_the_same() == same
     assert guards.are_equal() == equal
+    assert (guards.change() is None) == equal
     assert guards.hold() == equal
     assert guards.are_the_same() == equal  # equal ones have taken the place of those that were
 
