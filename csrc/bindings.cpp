@@ -123,6 +123,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_target", [] { return std::string(cpu_kernels().target); }, "target whose kernels run");
     m.def("cpu_lanes", [] { return cpu_kernels().lanes; });
     m.def("cpu_targets", [] { return std::string(cpu_targets()); }, "targets of this build that this processor runs");
+    m.def("leave_openmp", &leave_openmp);
     m.def("thread_runtime", [] { return std::string(thread_runtime()); });
     m.def("cpu_langevin_noise", &cpu_langevin_noise, py::kw_only(), py::arg("noise_key"), py::arg("first_step"),
           py::arg("first_chain"), py::arg("stream"), py::arg("n_steps"), py::arg("chains"), py::arg("dim"),

@@ -53,6 +53,8 @@ const Runtime& runtime() {
     return found;
 }
 
+std::atomic<bool> uses_openmp{true};
+
 struct Job {
     void (*task)(void*, int);
     void* context;
@@ -67,11 +69,15 @@ void work(void* p) {
 
 } // namespace
 
-const char* thread_runtime() { return runtime().name.c_str(); }
+const char* thread_runtime() {
+    return uses_openmp ? runtime().name.c_str() : "std::thread (OpenMP's do not survive a fork)";
+}
+
+void leave_openmp() { uses_openmp = false; }
 
 void run_workers(int n, void (*task)(void*, int), void* context) {
     Job job{task, context, {n}};
-    if (runtime().parallel != nullptr) {
+    if (uses_openmp && runtime().parallel != nullptr) {
         runtime().parallel(work, &job, unsigned(n), 0);
         return;
     }

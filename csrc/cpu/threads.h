@@ -1,7 +1,7 @@
 // Threads for the CPU kernels.
 //
 // If the process already runs an OpenMP runtime (torch brings one), its threads are used, so that two pools never
-// compete for the same cores; otherwise threads are started for the call.
+// compete for the same cores; otherwise, and in a child process that was forked, threads are started for the call.
 #pragma once
 
 namespace jlebm {
@@ -12,6 +12,10 @@ void run_workers(int n, void (*task)(void* context, int worker), void* context);
 
 // "openmp: <library>" or "std::thread"
 const char* thread_runtime();
+
+// From now on threads are started for every call. For a child process: only the thread that forked lives on in it, and
+// an OpenMP runtime that worked before the fork would wait there for its others for ever.
+void leave_openmp();
 
 template <class Task>
 void parallel_workers(int n, const Task& task) {

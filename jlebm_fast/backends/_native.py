@@ -5,11 +5,28 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from types import ModuleType
 
 REMEDY = "build it with `pip install -e .` in a checkout of jlebm_fast (needs a C++17 compiler, CMake and Ninja)"
 _NAME = "jlebm_fast._C"
-_NEWEST = ("plain_chain_of_latents", "same_things")  # functions by which a build of older sources is told
+_NEWEST = (
+    "leave_openmp",
+    "plain_chain_of_latents",
+    "same_things",
+)  # functions by which a build of older sources is told
+_in_child = False  # whether this process was forked from one that had imported this
+
+
+def _after_fork() -> None:
+    global _in_child
+    _in_child = True
+    if _load.cache_info().currsize and _load()[0] is not None:
+        _load()[0].leave_openmp()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @functools.cache
@@ -26,6 +43,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
     lacking = [name for name in _NEWEST if not hasattr(module, name)]
     if lacking:
         return None, f"the compiled module {_NAME} was built from older sources and lacks {lacking[0]}; {REMEDY}"
+    if _in_child:
+        module.leave_openmp()
     return module, None
 
 
