@@ -170,7 +170,7 @@ class Objects:
             if type(value) in PLAIN:
                 self._put("o", value)
             elif name == "_modules":
-                self._add(value, 2)
+                self._add(value, 2, options=value)  # all of them
             elif name == "_parameters":
                 self._add_parameters(value)
             elif name in _HOOKS:

@@ -166,7 +166,19 @@ def watched_module():
     """One whose attributes hold plain values in every way that is looked into."""
     shelf = Shelf({"a": [1, 2]})
     options = types.SimpleNamespace(lr=0.1, sizes=[10, 14], **{f"option_{i}": str(i) for i in range(70)})
-    return Holding(left=[1000, 2000], right={"x": 3000}, shelf=shelf, args=options, pair=([5],))
+    many = nn.ModuleList([nn.Identity() for _ in range(70)])
+    numbers = nn.ParameterList([nn.Parameter(normal(1)) for _ in range(70)])
+    return Holding(
+        many=many, numbers=numbers, left=[1000, 2000], right={"x": 3000}, shelf=shelf, args=options, pair=([5],)
+    )
+
+
+EXCHANGED = []
+
+
+def exchange(children, i, child):
+    EXCHANGED.append(children[i])  # it lives on elsewhere
+    children[i] = child
 
 
 # what is done to it, and whether its entries are then the same objects, and worth the same
@@ -194,6 +206,8 @@ CHANGED_ENTRIES = {
     "the seventieth option": (lambda m: setattr(m.args, "option_69", ""), False, False),
     "the mode of a child": (lambda m: m.net[1].eval(), False, False),
     "a child": (lambda m: m.net.__setitem__(1, nn.Tanh()), False, False),
+    "the seventieth child": (lambda m: exchange(m.many, 69, nn.Identity()), False, False),
+    "the seventieth parameter": (lambda m: m.numbers.__setitem__(69, nn.Parameter(normal(2))), False, False),
 }
 
 
