@@ -190,11 +190,11 @@ py::object chain_of_latents(py::handle z, py::handle mlp, py::handle update, py:
     p.chains = begin.chains;
     if (!mlp_of(mlp, p.chains, begin.dim, p.mlp) || !update_of(update, p.chains, begin.dim, p.n_steps, p.update))
         return py::none();
+    const int64_t kept = p.n_steps / p.record.thin;
+    if (!info.is_none() && kept * p.chains > most) return py::none();
     py::object finish = made_like(z, empty_like), told = py::none();
     if (!end.read(finish) || !end.same_shapes(begin)) return py::none();
     if (!info.is_none()) {
-        const int64_t kept = p.n_steps / p.record.thin;
-        if (kept * p.chains > most) return py::none();
         const py::object patterns = record_like(kept, p.chains);
         Fields like(patterns);
         const py::handle steps = like.next(), chains = like.next();
@@ -210,8 +210,8 @@ py::object chain_of_latents(py::handle z, py::handle mlp, py::handle update, py:
     if (p.chains > 0) {
         const py::gil_scoped_release unlocked;
         run_chain(p, begin, end, n_threads);
-        const int64_t told_energies = negative && p.record.energy ? p.n_steps / p.record.thin * p.chains : 0;
-        for (int64_t i = 0; i < told_energies; ++i) p.record.energy[i] = -p.record.energy[i];
+        const int64_t to_negate = negative && p.record.energy ? kept * p.chains : 0;
+        for (int64_t i = 0; i < to_negate; ++i) p.record.energy[i] = -p.record.energy[i];
     }
     return info.is_none() ? finish : py::object(py::make_tuple(finish, told));
 }

@@ -45,7 +45,7 @@ def explain(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, context: 
     times, change = source.examinations(layout)
     if change is not None:
         # a forward that counts its calls has it done at every one
-        lines.insert(1, f"          examined {times} times, each longer than a chain: {change} had changed")
+        lines.insert(1, f"          examined {times} times; before the last time {change} had changed")
     chosen, others = None, []
     names = backends.candidates(sampler.backend, flat.device)
     for candidate in (*names, *(name for name in backends.NAMES if name not in names)):

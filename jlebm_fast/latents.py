@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .checks import SUPPORTED_DTYPES, describe, dtype_name, is_dense
 
+Latents = Tensor | list[Tensor] | tuple[Tensor, ...]
+
 
 class LatentLayout(NamedTuple):
     """How a caller's latents lie: hashable, and enough to rebuild them from the flat tensor.

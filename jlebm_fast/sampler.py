@@ -16,14 +16,13 @@ from .captured import capture_of
 from .checks import check_like, describe, whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .explanation import explain
-from .latents import LatentLayout, flatten_latents, flatten_mask
+from .latents import LatentLayout, Latents, flatten_latents, flatten_mask
 from .modes import capturing, chain_mode, device_of, unwatched, watched
 from .problem import ChainResult, MLPSpec, Record, Update
 from .recognition import EnergySource
 from .rng import draw_unwatched, noise_key_of
 
 PRECISIONS = (None, *precision.NAMES)
-Latents = Tensor | list[Tensor] | tuple[Tensor, ...]
 _CPU = torch.device("cpu")
 
 

@@ -149,7 +149,7 @@ class Objects:
         self._kinds, self._things = bytearray(), []
 
     def hold(self) -> bool:
-        """Whether all of it is still there: a microsecond for a hundred. False also without the compiled module."""
+        """Whether all of it is still there; False also without the compiled module."""
         if _native.unavailable_reason() is not None:
             return False
         return _native.load().same_things(self._kinds, self._things)

@@ -31,15 +31,17 @@ class Guards:
         self._forwards = {type(module): forward_of(type(module)) for module in net.modules()}
         self._names = outside_names(net)
         self._functions = [weakref.ref(function) for function in functions_behind(net) if function.__closure__]
-        self._values, self._objects = self._values_now(), self._objects_now()
+        # a change in between (another thread's) makes objects differ, and values have the word
+        self._objects, self._values = self._objects_now(), self._values_now()
 
     def hold(self) -> bool:
-        """Whether all of it is still so: a few microseconds where all objects are the same, a hundred to compare."""
+        """Whether all of it is still so."""
         if self.are_the_same():
             return True
+        objects = self._objects_now()
         if not self.are_equal():
             return False
-        self._objects = self._objects_now()
+        self._objects = objects
         return True
 
     def are_the_same(self) -> bool:
@@ -84,8 +86,9 @@ class Guards:
 
     def _objects_now(self) -> Objects:
         objects = Objects()
-        for module in filter(None, (module() for module in self._modules)):
-            objects.add_module(module)
+        for module in (module() for module in self._modules):
+            if module is not None:  # an empty Sequential is not true
+                objects.add_module(module)
         for cls, forward in self._forwards.items():
             objects.add_forward(cls, forward)
         for holder, name in self._names:

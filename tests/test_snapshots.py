@@ -169,7 +169,14 @@ def watched_module():
     many = nn.ModuleList([nn.Identity() for _ in range(70)])
     numbers = nn.ParameterList([nn.Parameter(normal(1)) for _ in range(70)])
     return Holding(
-        many=many, numbers=numbers, left=[1000, 2000], right={"x": 3000}, shelf=shelf, args=options, pair=([5],)
+        empty=nn.Sequential(),
+        many=many,
+        numbers=numbers,
+        left=[1000, 2000],
+        right={"x": 3000},
+        shelf=shelf,
+        args=options,
+        pair=([5],),
     )
 
 
@@ -207,6 +214,7 @@ CHANGED_ENTRIES = {
     "the mode of a child": (lambda m: m.net[1].eval(), False, False),
     "a child": (lambda m: m.net.__setitem__(1, nn.Tanh()), False, False),
     "the seventieth child": (lambda m: exchange(m.many, 69, nn.Identity()), False, False),
+    "a child that was empty": (lambda m: m.empty.append(nn.Tanh()), False, False),
     "the seventieth parameter": (lambda m: m.numbers.__setitem__(69, nn.Parameter(normal(2))), False, False),
 }
 

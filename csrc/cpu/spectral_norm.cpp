@@ -5,8 +5,8 @@
 //
 // A weight that one optimiser step moved converges in a few such power iterations, unless its next singular value lies
 // close: what a norm in training makes common. Then Lanczos' iteration (Golub and Van Loan, Matrix Computations,
-// chapter 10) finds the best u in the space of as many products, of which each halves more of the error by the inverse
-// root of the gap, and the power iterations go on from there.
+// chapter 10) finds the best of all u that so many products can make, of which about the square root of the number
+// is needed, and the power iterations go on from there.
 //
 // For weights that fit a core's cache: a chain of a hundred steps takes as long as a hundred calls of a matrix library.
 // Compiled once: its cost is that of calling it.

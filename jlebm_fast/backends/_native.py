@@ -10,11 +10,8 @@ from types import ModuleType
 
 REMEDY = "build it with `pip install -e .` in a checkout of jlebm_fast (needs a C++17 compiler, CMake and Ninja)"
 _NAME = "jlebm_fast._C"
-_NEWEST = (
-    "leave_openmp",
-    "plain_chain_of_latents",
-    "same_things",
-)  # functions by which a build of older sources is told
+# functions by which a build of older sources is told
+_NEWEST = ("leave_openmp", "plain_chain_of_latents", "same_things")
 _in_child = False  # whether this process was forked from one that had imported this
 
 

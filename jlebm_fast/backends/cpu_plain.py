@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..latents import LatentLayout
+from ..latents import LatentLayout, Latents
 from ..problem import MLP, ChainResult, Record, Update
 from . import _native
 from .cpu import WIDEST_LANES_LAYER, empty_layers, empty_result, recorded
@@ -188,9 +188,6 @@ def _record_like(n_kept: int, chains: int) -> tuple[Tensor, Tensor]:
     """Patterns of an energy and a first bad step: torch.empty_like takes half as long as a shape, dtype and device."""
     energy = torch.empty((n_kept, chains), dtype=torch.float32, device=_CPU)
     return energy, torch.empty((chains,), dtype=torch.int64, device=_CPU)
-
-
-Latents = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 
 def chain_of_latents(
