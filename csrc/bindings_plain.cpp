@@ -4,10 +4,13 @@
 // float32 (a chosen logit and a key int64, a mask bool), and its numbers are ints in range. Any other call is answered
 // with False, before anything is written: the checks of ops.py then say what is wrong, or the backend prepares it.
 // Python needs about a microsecond for the checks of one tensor; here all of them take less.
+#include <exception>
+#include <new>
 #include <type_traits>
 
 #include "bindings_tensors.h"
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 
 namespace jlebm {
 namespace {
@@ -176,12 +179,36 @@ py::object named(py::handle cls, const py::tuple& fields) {
     return py::reinterpret_steal<py::object>(made);
 }
 
+// what a chain tells of itself, as a named tuple's class has it; its memory is written while the tensors are made
+class Told {
+public:
+    // null: nothing is asked for
+    Told(py::handle info, int64_t kept, int64_t chains, RecordParams& to) : info_(info) {
+        if (info.is_none()) return;
+        for (float** const rows : {&to.energy, &to.grad_norm, &to.displacement})
+            *rows = tensors_.emplace_back(kFloat32, kept, chains).data<float>();
+        to.first_bad_step = tensors_.emplace_back(kInt64, chains).data<int64_t>();
+    }
+
+    py::object made() {
+        if (info_.is_none()) return py::none();
+        py::tuple fields(tensors_.size() + 1);
+        for (size_t i = 0; i < tensors_.size(); ++i) fields[i] = tensors_[i].made();
+        fields[tensors_.size()] = py::none(); // no trajectory
+        return named(info_, fields);
+    }
+
+private:
+    const py::handle info_;
+    std::vector<NewTensor> tensors_;
+};
+
 // mlp_langevin_chain with all that it gives made here: the end of the chain as z is, or (end, info) with info None or
-// the class of a named tuple (energy, grad_norm, displacement, first_bad_step, trajectory). record_like(n_kept, chains)
-// gives patterns of an energy and of a first bad step, most their entries. negative: energies are told as -f.
+// the class of a named tuple (energy, grad_norm, displacement, first_bad_step, trajectory). negative: energies are told
+// as -f. Torch makes the tensors while the other threads compute already, which then write elsewhere where the end has
+// at most `most` floats.
 py::object chain_of_latents(py::handle z, py::handle mlp, py::handle update, py::handle n_steps, py::handle thin,
-                            py::handle info, bool negative, py::handle empty_like, py::handle record_like, int64_t most,
-                            int n_threads) {
+                            py::handle info, bool negative, py::handle empty_like, int64_t most, int n_threads) {
     MlpLangevinChainParams p;
     Layers begin, end;
     if (!integer_of(n_steps, std::numeric_limits<int64_t>::max(), p.n_steps) || !begin.read(z) ||
@@ -191,29 +218,41 @@ py::object chain_of_latents(py::handle z, py::handle mlp, py::handle update, py:
     if (!mlp_of(mlp, p.chains, begin.dim, p.mlp) || !update_of(update, p.chains, begin.dim, p.n_steps, p.update))
         return py::none();
     const int64_t kept = p.n_steps / p.record.thin;
-    if (!info.is_none() && kept * p.chains > most) return py::none();
-    py::object finish = made_like(z, empty_like), told = py::none();
-    if (!end.read(finish) || !end.same_shapes(begin)) return py::none();
-    if (!info.is_none()) {
-        const py::object patterns = record_like(kept, p.chains);
-        Fields like(patterns);
-        const py::handle steps = like.next(), chains = like.next();
-        const py::object energy = made_like(steps, empty_like), grad_norm = made_like(steps, empty_like),
-                         displacement = made_like(steps, empty_like), bad_step = made_like(chains, empty_like);
-        if (!array_of(energy, kFloat32, {kept, p.chains}, p.record.energy) ||
-            !array_of(grad_norm, kFloat32, {kept, p.chains}, p.record.grad_norm) ||
-            !array_of(displacement, kFloat32, {kept, p.chains}, p.record.displacement) ||
-            !array_of(bad_step, kInt64, {p.chains}, p.record.first_bad_step))
-            return py::none();
-        told = named(info, py::make_tuple(energy, grad_norm, displacement, bad_step, py::none()));
+    Told told(info, kept, p.chains, p.record);
+    const bool aside = begin.count > 1 || (n_threads > 1 && p.chains * begin.dim <= most);
+    std::vector<float> start, rows(aside ? size_t(p.chains * begin.dim) : 0);
+    py::object finish, facts;
+    p.z = begin.side_by_side(start);
+    if (aside) {
+        p.out = rows.data();
+    } else {
+        finish = made_like(z, empty_like);
+        if (!end.read(finish) || !end.same_shapes(begin)) return py::none();
+        p.out = end.rows[0];
     }
-    if (p.chains > 0) {
-        const py::gil_scoped_release unlocked;
-        run_chain(p, begin, end, n_threads);
-        const int64_t to_negate = negative && p.record.energy ? kept * p.chains : 0;
-        for (int64_t i = 0; i < to_negate; ++i) p.record.energy[i] = -p.record.energy[i];
+
+    std::exception_ptr failed;
+    {
+        std::optional<py::gil_scoped_release> unlocked;
+        const Meanwhile torch_makes([&] {
+            try {
+                if (aside) finish = made_like(z, empty_like);
+                facts = told.made();
+            } catch (...) {
+                failed = std::current_exception();
+            }
+            unlocked.emplace();
+        });
+        if (p.chains > 0) cpu_kernels().mlp_langevin_chain(p, n_threads);
     }
-    return info.is_none() ? finish : py::object(py::make_tuple(finish, told));
+    if (failed) std::rethrow_exception(failed);
+    if (aside) {
+        if (!end.read(finish) || !end.same_shapes(begin)) return py::none();
+        end.take(rows.data());
+    }
+    const int64_t to_negate = negative && p.record.energy ? kept * p.chains : 0;
+    for (int64_t i = 0; i < to_negate; ++i) p.record.energy[i] = -p.record.energy[i];
+    return info.is_none() ? finish : py::object(py::make_tuple(finish, facts));
 }
 
 // What a record's own reader throws (an unknown activation, say) is for the checks of ops.py to put in words.
@@ -235,6 +274,8 @@ auto plain(Arguments... arguments) -> decltype(operation(arguments...)) {
         return no();
     } catch (const std::invalid_argument&) {
         return no();
+    } catch (const std::bad_alloc&) {
+        return no();
     }
 }
 
@@ -254,7 +295,7 @@ void bind_plain(py::module_& m) {
     m.def("plain_mlp_weight_grads", &plain<mlp_weight_grads, py::handle, py::handle, py::handle, py::handle, py::handle,
                                            py::handle, py::handle, int>);
     m.def("plain_chain_of_latents", &plain<chain_of_latents, py::handle, py::handle, py::handle, py::handle, py::handle,
-                                           py::handle, bool, py::handle, py::handle, int64_t, int>);
+                                           py::handle, bool, py::handle, int64_t, int>);
     m.def("plain_mlp_langevin_chain",
           &plain<mlp_langevin_chain, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, int>);
 }

@@ -1,5 +1,7 @@
 #include "bindings_tensors.h"
 
+#include <new>
+
 namespace jlebm {
 namespace {
 
@@ -8,7 +10,8 @@ struct DlExchange {
         uint32_t major, minor;
         void* older;
     } header;
-    void *allocate, *managed_from_object, *managed_to_object;
+    void *allocate, *managed_from_object;
+    int (*object_from_managed)(void* managed, void** made);   // 0, or -1 with a Python exception set
     int (*tensor_from_object)(void* object, DlTensor* found); // 0, or -1 with a Python exception set
 };
 
@@ -22,7 +25,8 @@ int32_t widest_layer = 0;
 bool read_tensors_through(py::handle capsule, py::handle tensor, py::handle parameter, int32_t widest) {
     const auto* found = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (found == nullptr) throw py::error_already_set();
-    if (found->header.major != 1 || found->tensor_from_object == nullptr) return false;
+    if (found->header.major != 1 || found->tensor_from_object == nullptr || found->object_from_managed == nullptr)
+        return false;
     exchange = found;
     widest_layer = widest;
     tensor_class = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
@@ -31,6 +35,30 @@ bool read_tensors_through(py::handle capsule, py::handle tensor, py::handle para
 }
 
 bool can_read_tensors() { return exchange != nullptr; }
+
+constexpr std::align_val_t kTensorAlign{64}; // torch's own
+
+void NewTensor::disown(Managed* memory) {
+    if (memory->owners.fetch_sub(1) > 1) return;
+    memory->~Managed();
+    ::operator delete(memory, kTensorAlign);
+}
+
+NewTensor::NewTensor(DlType type, int32_t n_dims, int64_t rows, int64_t n) : memory_(nullptr, &disown) {
+    constexpr size_t align = size_t(kTensorAlign), head = (sizeof(Managed) + align - 1) / align * align;
+    char* const memory = static_cast<char*>(::operator new(head + size_t(rows * n) * type.bits / 8, kTensorAlign));
+    memory_.reset(new (memory) Managed{1, 0, nullptr, &disown, 0, {}, {rows, n}, {std::max<int64_t>(n, 1), 1}, {1}});
+    const int skipped = 2 - n_dims;
+    memory_->tensor = {
+        memory + head, {kDlCpu, 0}, n_dims, type, memory_->shape + skipped, memory_->strides + skipped, 0};
+}
+
+py::object NewTensor::made() {
+    memory_->owners.fetch_add(1); // the tensor; where torch fails, whether it has given the memory up is not known
+    void* made = nullptr;
+    if (exchange->object_from_managed(memory_.get(), &made) != 0) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(static_cast<PyObject*>(made));
+}
 
 bool is_tensor_class(py::handle cls) { return cls.ptr() == reinterpret_cast<PyObject*>(tensor_class); }
 

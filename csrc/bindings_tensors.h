@@ -1,12 +1,14 @@
 // Python's tensors and the records of problem.py, read for the plain calls of bindings_plain.cpp: false where something
 // is not plain.
 //
-// Tensors are read through DLPack's table of C functions (https://dmlc.github.io/dlpack/latest/c_api.html), which torch
-// 2.10 and newer carry on their class: no header of torch is needed, and one build serves every torch.
+// Tensors are read and made through DLPack's table of C functions (https://dmlc.github.io/dlpack/latest/c_api.html),
+// which torch 2.10 and newer carry on their class: no header of torch is needed, and one build serves every torch.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -42,6 +44,34 @@ bool read_tensors_through(py::handle capsule, py::handle tensor, py::handle para
 
 // whether there is such a table
 bool can_read_tensors();
+
+// A tensor of torch's to be: its memory can be written before, and while, torch makes the tensor of it, and until both
+// are gone.
+class NewTensor {
+public:
+    NewTensor(DlType type, int64_t n) : NewTensor(type, 1, 1, n) {}                  // [n]
+    NewTensor(DlType type, int64_t rows, int64_t n) : NewTensor(type, 2, rows, n) {} // [rows, n]
+    template <class T>
+    T* data() const {
+        return static_cast<T*>(memory_->tensor.data);
+    }
+    py::object made(); // once
+
+private:
+    struct Managed { // DLPack's DLManagedTensorVersioned, and what its tensor points to
+        uint32_t major, minor;
+        void* context;
+        void (*disown)(Managed*);
+        uint64_t flags;
+        DlTensor tensor;
+        int64_t shape[2], strides[2];
+        std::atomic<int> owners;
+    };
+    static void disown(Managed* memory);
+
+    NewTensor(DlType type, int32_t n_dims, int64_t rows, int64_t n);
+    std::unique_ptr<Managed, void (*)(Managed*)> memory_;
+};
 
 // whether this is torch's class of tensors
 bool is_tensor_class(py::handle cls);

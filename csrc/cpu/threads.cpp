@@ -5,6 +5,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -55,6 +56,8 @@ const Runtime& runtime() {
 
 std::atomic<bool> uses_openmp{true};
 
+thread_local const std::function<void()>* meanwhile = nullptr;
+
 struct Job {
     void (*task)(void*, int);
     void* context;
@@ -63,6 +66,7 @@ struct Job {
 
 void work(void* p) {
     Job* job = static_cast<Job*>(p);
+    Meanwhile::begin(); // only the calling thread has something
     for (int worker = job->left.fetch_sub(1) - 1; worker >= 0; worker = job->left.fetch_sub(1) - 1)
         job->task(job->context, worker);
 }
@@ -74,6 +78,12 @@ const char* thread_runtime() {
 }
 
 void leave_openmp() { uses_openmp = false; }
+
+Meanwhile::Meanwhile(std::function<void()> work) : work_(std::move(work)) { meanwhile = &work_; }
+
+void Meanwhile::begin() {
+    if (const auto* const work = std::exchange(meanwhile, nullptr)) (*work)();
+}
 
 void run_workers(int n, void (*task)(void*, int), void* context) {
     Job job{task, context, {n}};

@@ -4,6 +4,8 @@
 // compete for the same cores; otherwise, and in a child process that was forked, threads are started for the call.
 #pragma once
 
+#include <functional>
+
 namespace jlebm {
 
 // Runs task(context, worker) for worker = n - 1 .. 0, each exactly once. The calling thread takes part; fewer threads
@@ -17,9 +19,25 @@ const char* thread_runtime();
 // an OpenMP runtime that worked before the fork would wait there for its others for ever.
 void leave_openmp();
 
+// What the calling thread does while the workers of its next parallel work begin without it, before it takes part
+// itself; what remains undone when this ends is done then. The work may not throw, and no worker may wait for it.
+class Meanwhile {
+public:
+    explicit Meanwhile(std::function<void()> work);
+    ~Meanwhile() { begin(); }
+    Meanwhile(const Meanwhile&) = delete;
+    Meanwhile& operator=(const Meanwhile&) = delete;
+
+    static void begin(); // now, what the calling thread has to do, if anything
+
+private:
+    std::function<void()> work_;
+};
+
 template <class Task>
 void parallel_workers(int n, const Task& task) {
     if (n <= 1) {
+        Meanwhile::begin();
         task(0);
         return;
     }

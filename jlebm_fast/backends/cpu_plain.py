@@ -26,7 +26,6 @@ BACKENDS = ("auto", "cpu")
 _CLASSES = (Tensor, nn.Parameter)
 _CPU = torch.device("cpu")
 _LARGEST_COPY = 1 << 16  # floats of latents that one thread copies; beyond, torch.cat does it in all threads
-_LARGEST_PATTERN = 1 << 16  # entries of a record whose pattern is kept
 
 
 @functools.cache
@@ -183,13 +182,6 @@ def lies_as(z: object, layout: LatentLayout) -> bool:
     return _kernels().plain_latents(z, layout, _LARGEST_COPY)
 
 
-@functools.lru_cache(maxsize=8)
-def _record_like(n_kept: int, chains: int) -> tuple[Tensor, Tensor]:
-    """Patterns of an energy and a first bad step: torch.empty_like takes half as long as a shape, dtype and device."""
-    energy = torch.empty((n_kept, chains), dtype=torch.float32, device=_CPU)
-    return energy, torch.empty((chains,), dtype=torch.int64, device=_CPU)
-
-
 def chain_of_latents(
     z: Latents,
     layout: LatentLayout,
@@ -209,7 +201,7 @@ def chain_of_latents(
     if not record.trajectory:
         answer = native.plain_chain_of_latents(
             z, mlp, update, n_steps, record.thin, info if record.diagnostics else None, negative,
-            torch.empty_like, _record_like, _LARGEST_PATTERN, threads,
+            torch.empty_like, _LARGEST_COPY, threads,
         )  # fmt: skip
         if answer is not None or not record.diagnostics:
             return answer
