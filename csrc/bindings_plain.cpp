@@ -15,10 +15,9 @@
 namespace jlebm {
 namespace {
 
-// layout, of latents.py, whose container is torch.Tensor, list or tuple: whether z lies so, in plain tensors that hold
-// their values and not their negatives (a conjugate's imag), layers of no more than `most` floats in all
+// layout, of latents.py, whose container is torch.Tensor, list or tuple: whether z lies so, in plain tensors, layers of
+// no more than `most` floats in all
 bool latents(py::handle z, py::handle layout, int64_t most) {
-    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
     Fields fields(layout);
     const py::handle container = fields.next();
     const bool one = is_tensor_class(container);
@@ -27,16 +26,9 @@ bool latents(py::handle z, py::handle layout, int64_t most) {
     if (!found.read(z) || (!one && found.chains * found.dim > most)) return false;
     Fields dims(fields.next()), trailing(fields.next());
     if (dims.size() != found.count) return false;
-    PyObject* alone = z.ptr();
-    Fields layers = one ? Fields(&alone, 1) : Fields(z);
-    for (size_t l = 0; l < found.count; ++l) {
+    for (size_t l = 0; l < found.count; ++l)
         if (dims.integer() != found.widths[l] || 2 + Fields(trailing.next()).size() != size_t(found.n_dims[l]))
             return false;
-        const py::object negative =
-            py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(layers.next().ptr(), is_neg));
-        if (!negative) throw py::error_already_set();
-        if (negative.ptr() != Py_False) return false;
-    }
     return true;
 }
 
@@ -179,55 +171,44 @@ py::object named(py::handle cls, const py::tuple& fields) {
     return py::reinterpret_steal<py::object>(made);
 }
 
-// what a chain tells of itself, as a named tuple's class has it; its memory is written while the tensors are made
+// what a chain tells of itself: energy, grad_norm, displacement and first_bad_step, or nothing
 class Told {
 public:
-    // null: nothing is asked for
-    Told(py::handle info, int64_t kept, int64_t chains, RecordParams& to) : info_(info) {
-        if (info.is_none()) return;
+    void ask(int64_t kept, int64_t chains, RecordParams& to) {
         for (float** const rows : {&to.energy, &to.grad_norm, &to.displacement})
             *rows = tensors_.emplace_back(kFloat32, kept, chains).data<float>();
         to.first_bad_step = tensors_.emplace_back(kInt64, chains).data<int64_t>();
     }
 
-    py::object made() {
-        if (info_.is_none()) return py::none();
-        py::tuple fields(tensors_.size() + 1);
-        for (size_t i = 0; i < tensors_.size(); ++i) fields[i] = tensors_[i].made();
-        fields[tensors_.size()] = py::none(); // no trajectory
-        return named(info_, fields);
+    std::vector<py::object> made() {
+        std::vector<py::object> made;
+        for (NewTensor& tensor : tensors_) made.push_back(tensor.made());
+        return made;
     }
 
 private:
-    const py::handle info_;
     std::vector<NewTensor> tensors_;
 };
 
-// mlp_langevin_chain with all that it gives made here: the end of the chain as z is, or (end, info) with info None or
-// the class of a named tuple (energy, grad_norm, displacement, first_bad_step, trajectory). negative: energies are told
-// as -f. Torch makes the tensors while the other threads compute already, which then write elsewhere where the end has
-// at most `most` floats.
-py::object chain_of_latents(py::handle z, py::handle mlp, py::handle update, py::handle n_steps, py::handle thin,
-                            py::handle info, bool negative, py::handle empty_like, int64_t most, int n_threads) {
-    MlpLangevinChainParams p;
-    Layers begin, end;
-    if (!integer_of(n_steps, std::numeric_limits<int64_t>::max(), p.n_steps) || !begin.read(z) ||
-        !integer_of(thin, std::numeric_limits<int64_t>::max(), p.record.thin) || p.record.thin == 0)
-        return py::none();
-    p.chains = begin.chains;
-    if (!mlp_of(mlp, p.chains, begin.dim, p.mlp) || !update_of(update, p.chains, begin.dim, p.n_steps, p.update))
-        return py::none();
-    const int64_t kept = p.n_steps / p.record.thin;
-    Told told(info, kept, p.chains, p.record);
+struct Made {
+    py::object end; // null where torch made it otherwise than z lies
+    std::vector<py::object> told;
+};
+
+// The chain p from z, which begin has read: its end as z is, and what is told. Torch makes the tensors while the other
+// threads compute already; an end of at most `most` floats they write aside meanwhile.
+Made made_chain(MlpLangevinChainParams& p, py::handle z, const Layers& begin, Told& told, py::handle empty_like,
+                int64_t most, int n_threads) {
     const bool aside = begin.count > 1 || (n_threads > 1 && p.chains * begin.dim <= most);
     std::vector<float> start, rows(aside ? size_t(p.chains * begin.dim) : 0);
-    py::object finish, facts;
+    Made made;
+    Layers end;
     p.z = begin.side_by_side(start);
     if (aside) {
         p.out = rows.data();
     } else {
-        finish = made_like(z, empty_like);
-        if (!end.read(finish) || !end.same_shapes(begin)) return py::none();
+        made.end = made_like(z, empty_like);
+        if (!end.read(made.end) || !end.same_shapes(begin)) return {};
         p.out = end.rows[0];
     }
 
@@ -236,8 +217,8 @@ py::object chain_of_latents(py::handle z, py::handle mlp, py::handle update, py:
         std::optional<py::gil_scoped_release> unlocked;
         const Meanwhile torch_makes([&] {
             try {
-                if (aside) finish = made_like(z, empty_like);
-                facts = told.made();
+                if (aside) made.end = made_like(z, empty_like);
+                made.told = told.made();
             } catch (...) {
                 failed = std::current_exception();
             }
@@ -247,12 +228,103 @@ py::object chain_of_latents(py::handle z, py::handle mlp, py::handle update, py:
     }
     if (failed) std::rethrow_exception(failed);
     if (aside) {
-        if (!end.read(finish) || !end.same_shapes(begin)) return py::none();
+        if (!end.read(made.end) || !end.same_shapes(begin)) return {};
         end.take(rows.data());
     }
-    const int64_t to_negate = negative && p.record.energy ? kept * p.chains : 0;
+    return made;
+}
+
+// mlp_langevin_chain with all that it gives made here: the end of the chain as z is, or (end, info) with info None or
+// the class of a named tuple (energy, grad_norm, displacement, first_bad_step, trajectory). negative: energies are told
+// as -f. most: see made_chain.
+py::object chain_of_latents(py::handle z, py::handle mlp, py::handle update, py::handle n_steps, py::handle thin,
+                            py::handle info, bool negative, py::handle empty_like, int64_t most, int n_threads) {
+    MlpLangevinChainParams p;
+    Layers begin;
+    if (!integer_of(n_steps, std::numeric_limits<int64_t>::max(), p.n_steps) || !begin.read(z) ||
+        !integer_of(thin, std::numeric_limits<int64_t>::max(), p.record.thin) || p.record.thin == 0)
+        return py::none();
+    p.chains = begin.chains;
+    if (!mlp_of(mlp, p.chains, begin.dim, p.mlp) || !update_of(update, p.chains, begin.dim, p.n_steps, p.update))
+        return py::none();
+    const int64_t kept = p.n_steps / p.record.thin;
+    Told told;
+    if (!info.is_none()) told.ask(kept, p.chains, p.record);
+    Made made = made_chain(p, z, begin, told, empty_like, most, n_threads);
+    if (!made.end) return py::none();
+    if (info.is_none()) return made.end;
+    const int64_t to_negate = negative ? kept * p.chains : 0;
     for (int64_t i = 0; i < to_negate; ++i) p.record.energy[i] = -p.record.energy[i];
-    return info.is_none() ? finish : py::object(py::make_tuple(finish, facts));
+    const std::vector<py::object>& told_of = made.told;
+    return py::make_tuple(made.end,
+                          named(info, py::make_tuple(told_of[0], told_of[1], told_of[2], told_of[3], py::none())));
+}
+
+// --- the registered operators of registration.py, all arguments of a call in a tuple: what they return, or None
+
+bool is_served(py::handle backend) {
+    return PyUnicode_Check(backend.ptr()) && (PyUnicode_CompareWithASCIIString(backend.ptr(), "auto") == 0 ||
+                                              PyUnicode_CompareWithASCIIString(backend.ptr(), "cpu") == 0);
+}
+
+// the net of the arguments behind z; spec_of(text, out_scale) is its MLPSpec
+bool mlp_of_arguments(py::handle arguments, Fields& rest, py::handle spec_of, int64_t chains, int64_t dim,
+                      MlpParams& p) {
+    PyObject* const text_and_scale[] = {PyTuple_GET_ITEM(arguments.ptr(), 5), PyTuple_GET_ITEM(arguments.ptr(), 6)};
+    const py::object spec =
+        py::reinterpret_steal<py::object>(PyObject_Vectorcall(spec_of.ptr(), text_and_scale, 2, nullptr));
+    if (!spec) throw py::error_already_set();
+    if (!mlp_of(spec, rest, chains, dim, p)) return false;
+    rest.next(), rest.next();
+    return true;
+}
+
+// (z, the net's six, backend, precision) -> (energy, grad)
+py::object energy_grad_operator(py::tuple arguments, py::handle spec_of, py::handle empty_like, int n_threads) {
+    MlpEnergyGradParams p;
+    Fields fields(arguments);
+    if (fields.size() != 9 || !is_served(PyTuple_GET_ITEM(arguments.ptr(), 7))) return py::none();
+    const py::handle z = fields.next();
+    int64_t dim;
+    if (!z_of(z, p.chains, dim, p.z) || !mlp_of_arguments(arguments, fields, spec_of, p.chains, dim, p.mlp))
+        return py::none();
+    const py::object grad = made_like(z, empty_like);
+    if (!array_of(grad, kFloat32, {p.chains, dim}, p.grad)) return py::none();
+    NewTensor energy(kFloat32, p.chains);
+    p.energy = energy.data<float>();
+    if (p.chains > 0) {
+        const py::gil_scoped_release unlocked;
+        cpu_kernels().mlp_energy_grad(p, n_threads);
+    }
+    return py::make_tuple(energy.made(), grad);
+}
+
+// (z, the net's six, the update's ten, n_steps, diagnostics, trajectory, thin, backend, precision) -> [end, ...]
+py::object chain_operator(py::tuple arguments, py::handle spec_of, py::handle empty_like, int64_t most, int n_threads) {
+    MlpLangevinChainParams p;
+    Layers begin;
+    Fields fields(arguments);
+    if (fields.size() != 23) return py::none();
+    Fields last(&PyTuple_GET_ITEM(arguments.ptr(), 17), 6);
+    const py::handle z = fields.next(), n_steps = last.next(), diagnostics = last.next(), trajectory = last.next(),
+                     thin = last.next();
+    if (trajectory.ptr() != Py_False || !is_served(last.next()) ||
+        !integer_of(n_steps, std::numeric_limits<int64_t>::max(), p.n_steps) || !begin.read(z) ||
+        begin.n_dims[0] != 2 || !integer_of(thin, std::numeric_limits<int64_t>::max(), p.record.thin) ||
+        p.record.thin == 0)
+        return py::none();
+    p.chains = begin.chains;
+    if (!mlp_of_arguments(arguments, fields, spec_of, p.chains, begin.dim, p.mlp) ||
+        !update_of(fields, p.chains, begin.dim, p.n_steps, p.update))
+        return py::none();
+    Told told;
+    if (diagnostics.ptr() == Py_True) told.ask(p.n_steps / p.record.thin, p.chains, p.record);
+    Made made = made_chain(p, z, begin, told, empty_like, most, n_threads);
+    if (!made.end) return py::none();
+    py::list results;
+    results.append(made.end);
+    for (const py::object& value : made.told) results.append(value);
+    return results;
 }
 
 // What a record's own reader throws (an unknown activation, say) is for the checks of ops.py to put in words.
@@ -296,6 +368,8 @@ void bind_plain(py::module_& m) {
                                            py::handle, py::handle, int>);
     m.def("plain_chain_of_latents", &plain<chain_of_latents, py::handle, py::handle, py::handle, py::handle, py::handle,
                                            py::handle, bool, py::handle, int64_t, int>);
+    m.def("plain_energy_grad_operator", &plain<energy_grad_operator, py::tuple, py::handle, py::handle, int>);
+    m.def("plain_chain_operator", &plain<chain_operator, py::tuple, py::handle, py::handle, int64_t, int>);
     m.def("plain_mlp_langevin_chain",
           &plain<mlp_langevin_chain, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, int>);
 }

@@ -18,7 +18,17 @@ struct DlExchange {
 // Set once by read_tensors_through, under the interpreter's lock.
 const DlExchange* exchange = nullptr;
 PyTypeObject *tensor_class = nullptr, *parameter_class = nullptr;
+PyObject* is_neg = nullptr; // the method
 int32_t widest_layer = 0;
+
+// whether a tensor's memory holds its values' negatives (the imaginary part of a conjugate), of which DLPack's table
+// says nothing
+bool is_negative(py::handle tensor) {
+    PyObject* const arguments[] = {tensor.ptr()};
+    const py::object answer = py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg, arguments, 1, nullptr));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() != Py_False;
+}
 
 } // namespace
 
@@ -27,6 +37,7 @@ bool read_tensors_through(py::handle capsule, py::handle tensor, py::handle para
     if (found == nullptr) throw py::error_already_set();
     if (found->header.major != 1 || found->tensor_from_object == nullptr || found->object_from_managed == nullptr)
         return false;
+    is_neg = py::object(tensor.attr("is_neg")).release().ptr();
     exchange = found;
     widest_layer = widest;
     tensor_class = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
@@ -90,6 +101,7 @@ bool tensor_of(py::handle object, DlType type, DlTensor& t) {
         packed = packed && (t.shape[d] == 1 || t.strides[d] == items);
         items *= t.shape[d];
     }
+    if (is_negative(object)) return false;
     t.data = static_cast<char*>(t.data) + t.byte_offset;
     // without memory: the zeros that autograd writes down without making them
     return items == 0 || (packed && t.data != nullptr);
@@ -136,15 +148,19 @@ bool z_of(py::handle object, int64_t& chains, int64_t& dim, const float*& data) 
 }
 
 bool mlp_of(py::handle record, int64_t chains, int64_t dim, MlpParams& p) {
-    static PyObject* const native_fields = PyUnicode_InternFromString("native_fields");
     Fields fields(record);
     if (fields.size() != 5) return false;
-    const py::object constants =
-        py::reinterpret_steal<py::object>(PyObject_GetAttr(fields.next().ptr(), native_fields));
+    const py::handle spec = fields.next();
+    return mlp_of(spec, fields, chains, dim, p);
+}
+
+bool mlp_of(py::handle spec, Fields& rest, int64_t chains, int64_t dim, MlpParams& p) {
+    static PyObject* const native_fields = PyUnicode_InternFromString("native_fields");
+    const py::object constants = py::reinterpret_steal<py::object>(PyObject_GetAttr(spec.ptr(), native_fields));
     if (!constants) throw py::error_already_set();
     Fields numbers(constants);
     mlp_constants(numbers, p);
-    Fields weights(fields.next()), biases(fields.next());
+    Fields weights(rest.next()), biases(rest.next());
     const size_t n_layers = size_t(p.n_hidden) + 1;
     if (p.dim() != dim || *std::max_element(p.widths, p.widths + n_layers + 1) > widest_layer ||
         weights.size() != n_layers || biases.size() != n_layers)
@@ -153,13 +169,17 @@ bool mlp_of(py::handle record, int64_t chains, int64_t dim, MlpParams& p) {
         if (!array_of(weights.next(), kFloat32, {p.widths[l + 1], p.widths[l]}, p.weights[l]) ||
             !array_or_none(biases.next(), kFloat32, {p.widths[l + 1]}, p.biases[l]))
             return false;
-    return array_or_none(fields.next(), kFloat32, {chains, p.widths[1]}, p.context_bias) &&
-           array_or_none(fields.next(), kInt64, {chains}, p.logit) && (p.logit != nullptr) == (p.head == Head::kLogit);
+    return array_or_none(rest.next(), kFloat32, {chains, p.widths[1]}, p.context_bias) &&
+           array_or_none(rest.next(), kInt64, {chains}, p.logit) && (p.logit != nullptr) == (p.head == Head::kLogit);
 }
 
 bool update_of(py::handle record, int64_t chains, int64_t dim, int64_t n_steps, UpdateParams& p) {
     Fields fields(record);
-    return fields.size() == 10 && array_of(fields.next(), kFloat32, {n_steps, 3}, p.step_coefficients) &&
+    return fields.size() == 10 && update_of(fields, chains, dim, n_steps, p);
+}
+
+bool update_of(Fields& fields, int64_t chains, int64_t dim, int64_t n_steps, UpdateParams& p) {
+    return array_of(fields.next(), kFloat32, {n_steps, 3}, p.step_coefficients) &&
            array_or_none(fields.next(), kFloat32, {chains, 3}, p.chain_coefficients) &&
            rows_or_none(fields.next(), kFloat32, chains, dim, p.prior_mean, p.prior_mean_stride) &&
            rows_or_none(fields.next(), kFloat32, chains, dim, p.prior_precision, p.prior_precision_stride) &&

@@ -173,7 +173,11 @@ private:
 
 bool z_of(py::handle object, int64_t& chains, int64_t& dim, const float*& data);
 bool mlp_of(py::handle record, int64_t chains, int64_t dim, MlpParams& p);
+// the same spread out: an MLPSpec, and weights, biases, context_bias and logit as the next four fields
+bool mlp_of(py::handle spec, Fields& rest, int64_t chains, int64_t dim, MlpParams& p);
 bool update_of(py::handle record, int64_t chains, int64_t dim, int64_t n_steps, UpdateParams& p);
+// the same as the next ten fields
+bool update_of(Fields& fields, int64_t chains, int64_t dim, int64_t n_steps, UpdateParams& p);
 // ChainResult, to be written; its end may be layers
 bool result_of(py::handle record, py::handle thin, MlpLangevinChainParams& p, int64_t dim, Layers& end);
 

@@ -31,6 +31,28 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether its class is one whose values stand in memory: a DTensor, a quantised weight compute in their own way."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """The tensor as kernels read it: row after row, with its sign (torch keeps the imaginary part of a conjugate as its
+    negative), and with the zeros that autograd writes down without making them.
+
+    Raises:
+        ValueError: it has no memory.
+    """
+    if not has_memory(tensor):
+        raise ValueError(
+            f"a tensor whose memory the kernels can read was expected, got a {type(tensor).__name__} "
+            f"{describe(tensor)}; give plain torch.Tensors and Parameters, or backend='eager'"
+        )
+    if tensor._is_zerotensor():
+        return tensor.clone()
+    return tensor.contiguous().resolve_neg()
+
+
 def describe(value: object) -> str:
     """ "[100, 12] float64 on cpu" for a tensor, the type's name for anything else.
 

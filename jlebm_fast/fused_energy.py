@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from . import backends, ops
 from .backends import _native, cpu, cpu_plain, eager
+from .checks import has_memory
 from .modes import autocast_enabled
 from .problem import MLP
 
@@ -65,6 +66,8 @@ def energy(z: Tensor, mlp: MLP) -> Tensor:
 def native_pass(z: Tensor, mlp: MLP) -> NativePass | None:
     """The native pass that can compute this call; None if plain torch has to."""
     if ops.watched(z) or z.dtype is not torch.float32 or forward_ad._current_level >= 0 or autocast_enabled(z.device):
+        return None
+    if not all(map(has_memory, mlp.weights)):
         return None
     if z.is_cpu:
         return _on_cpu if cpu.fits_lanes(mlp.spec) and _native.unavailable_reason() is None else None

@@ -15,6 +15,8 @@ power iteration or running mean as it was.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .backends import eager
-from .checks import SUPPORTED_DTYPES, describe, dtype_name
+from .checks import SUPPORTED_DTYPES, describe, dtype_name, has_memory
 from .energy import EnergyLinear, EnergyMLP
 from .latents import LatentLayout
 from .modes import chain_mode
@@ -48,6 +50,7 @@ _FORWARD_ERRORS = (
 )
 _TEST_CHAINS = (3, 7)
 _TEST_TOLERANCE = 1e-9
+_LARGEST_TESTED = 1e6  # of a parameter: beyond, what is tested may overflow or cancel
 _CPU = torch.device("cpu")
 _DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
@@ -67,6 +70,20 @@ def _float64_copy(net: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     }
     return copy.deepcopy(net, memo).to(torch.float64)
+
+
+def _replace_what_tests_nothing(net: nn.Module) -> None:
+    """Random values for parameters whose entries are all the same, not finite or huge: a last layer of zeros would pass
+    any test, one of NaN none. A structure never depends on them (`tracing.py`)."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    for parameter in net.parameters():
+        if parameter.numel() < 2 or not parameter.is_floating_point():
+            continue
+        values = parameter.detach()
+        # written so that NaN is replaced
+        if not (values.abs().max() <= _LARGEST_TESTED and values.min() < values.max()):
+            fresh = torch.randn(values.shape, generator=generator, dtype=values.dtype, device="cpu")
+            parameter.data = (fresh / math.sqrt(values.shape[-1])).to(values.device)
 
 
 def _trace(
@@ -108,10 +125,10 @@ def _trace(
             raise Untraceable("the MLP read out of its forward does not reproduce its value and gradient")
         layers = [Layer(net, site) for site in structure.sites]
         for linear, layer, weight in zip(linears, layers, effective_weights(layers), strict=True):
-            # an unconverged spectral norm differs by a factor, and only by that; an EnergyMLP's is always converged
-            ratio = (weight * linear.weight).sum() / (weight * weight).sum()
-            exact = layer.kind != "spectral" or isinstance(layer.owner(), EnergyLinear)
-            if not _close(ratio * weight, linear.weight) or (exact and abs(ratio - 1) > _TEST_TOLERANCE):
+            if layer.kind == "spectral" and not isinstance(layer.owner(), EnergyLinear):
+                # an unconverged norm differs by a factor, and only by that; an EnergyMLP's is always converged
+                weight = weight * ((weight * linear.weight).sum() / (weight * weight).sum())
+            if not _close(weight, linear.weight):
                 raise Untraceable(f"the weight of layer '{linear.site.path}' cannot be computed outside its forward")
     return structure
 
@@ -124,6 +141,9 @@ def recognise(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognised
     """Trace and test a module, leaving it, its buffers and torch's random state as they are: a draw is refused."""
     if any(is_lazy(parameter) for parameter in net.parameters()):
         return Unrecognised("it has parameters without a shape yet; call it once")
+    for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers()):
+        if not has_memory(tensor):
+            return Unrecognised(f"'{name}' is a {type(tensor).__name__}, whose memory the fused kernels cannot read")
     hooked = foreign_hook(net)
     if hooked is not None:
         return Unrecognised(f"{hooked} carries a forward hook, which the fused kernels would never run")
@@ -132,6 +152,7 @@ def recognise(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognised
     numbers = numbers_of(net)
     try:
         twin = _float64_copy(net)
+        _replace_what_tests_nothing(twin)
     except _FORWARD_ERRORS as error:
         return Unrecognised(f"it cannot be copied to be examined: {error}")
     with chain_mode(device, gradients=True):

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops, precision, rng
-from .backends import eager
+from .backends import cpu_plain, eager
 from .problem import MLP, ChainResult, MLPSpec, Record, Update
 from .spectral import top_singulars
 
@@ -87,7 +87,11 @@ def _langevin_step(z, grad, *rest):
     return ops.direct_step(z, grad, Update._make(rest[:_N_UPDATE]), rest[_N_UPDATE])
 
 
-def _mlp_energy_grad(z, weights, biases, context_bias, logit, spec, out_scale, backend, asked):
+def _mlp_energy_grad(*args):
+    found = cpu_plain.energy_grad_operator(args, _checked_spec)
+    if found is not None:
+        return found
+    z, weights, biases, context_bias, logit, spec, out_scale, backend, asked = args
     mlp = MLP(_checked_spec(spec, out_scale), weights, biases, context_bias, logit)
     if asked == precision.asked():  # what there is to enter costs a microsecond
         return ops.direct_energy_grad(z, mlp, backend)
@@ -95,7 +99,11 @@ def _mlp_energy_grad(z, weights, biases, context_bias, logit, spec, out_scale, b
         return ops.direct_energy_grad(z, mlp, backend)
 
 
-def _mlp_langevin_chain(z, weights, biases, context_bias, logit, spec, out_scale, *rest):
+def _mlp_langevin_chain(*args):
+    found = cpu_plain.chain_operator(args, _checked_spec)
+    if found is not None:
+        return found
+    z, weights, biases, context_bias, logit, spec, out_scale, *rest = args
     mlp = MLP(_checked_spec(spec, out_scale), weights, biases, context_bias, logit)
     n_steps, diagnostics, trajectory, thin, backend, asked = rest[_N_UPDATE:]
     update, record = Update._make(rest[:_N_UPDATE]), Record(diagnostics, trajectory, thin)

@@ -95,7 +95,7 @@ def states_of(modules: Iterable[nn.Module | None]) -> list[tuple | None]:
             type(module),
             _attributes_of(module),
             {name: id(child) for name, child in module._modules.items()},
-            {name: (shape_of(p), place_of(p)) for name, p in module._parameters.items()},
+            {name: (type(p), shape_of(p), place_of(p)) for name, p in module._parameters.items()},
             [len(module.__dict__[name]) for name in _HOOKS],
         )
         for module in modules

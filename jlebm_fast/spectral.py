@@ -112,6 +112,7 @@ def _fits_native(weight: Tensor, u: Tensor) -> bool:
         and 0 < weight.numel() <= _LARGEST_NATIVE
         and weight.is_contiguous()
         and u.is_contiguous()
+        and not (weight.is_neg() or u.is_neg())  # their memory would hold their negatives
     )
 
 
@@ -170,7 +171,7 @@ def _of_one(weight: Tensor, u: Tensor) -> TopSingular:
 
 def top_singular_triple(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
     """(u [out], v [in], sigma) of one weight of any size, dtype and device; `top_singulars` says what they are."""
-    weight, u = weight.detach(), u.detach()
+    weight, u = weight.detach().resolve_neg(), u.detach().resolve_neg()
     tolerance = TOLERANCE.get(weight.dtype, TOLERANCE[torch.float32])
     if weight.device.type == "cpu" and weight.dtype in TOLERANCE:
         # numpy's calls cost a third of torch's, and a chain of 100 takes about as long as 100 of them

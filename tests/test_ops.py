@@ -195,3 +195,32 @@ def test_bad_input_gives_the_same_message_on_every_backend(backend, change, mess
     z, mlp, update = change(torch.zeros(5, 6), random_mlp((6, 12, 1)), plain_update(4, 6))
     with pytest.raises(ValueError, match=message):
         ops.mlp_langevin_chain(z, mlp, update, 4, backend=backend.name)
+
+
+def test_tensors_that_torch_keeps_as_their_negatives(backend):
+    """The imaginary part of a conjugate is such a one; its memory alone would be read with the wrong sign."""
+
+    def kept_as(tensor):
+        return torch._neg_view(-tensor)
+
+    mlp = moved(random_mlp((6, 8, 5, 1), "gelu", chains=9, context=True), backend.device)
+    update = plain_update(4, 6, prior_mean=normal(6), extra_grad=normal(9, 6), chain_coefficients=normal(9, 3).exp())
+    update, z = moved(update, backend.device), normal(9, 6).to(backend.device)
+    of_mlp = mlp._replace(
+        weights=tuple(map(kept_as, mlp.weights)),
+        biases=tuple(map(kept_as, mlp.biases)),
+        context_bias=kept_as(mlp.context_bias),
+    )
+    floats = {k: v for k, v in update._asdict().items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    of_update = update._replace(**{k: kept_as(v) for k, v in floats.items()})
+    assert len(floats) >= 4
+    expected = ops.mlp_langevin_chain(z, mlp, update, 4, Record(True), backend=backend.name)
+    found = ops.mlp_langevin_chain(kept_as(z), of_mlp, of_update, 4, Record(True), backend=backend.name)
+    for a, b in zip(found[:5], expected[:5], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    for a, b in zip(
+        ops.mlp_energy_grad(kept_as(z), of_mlp, backend=backend.name),
+        ops.mlp_energy_grad(z, mlp, backend=backend.name),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

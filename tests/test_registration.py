@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import jlebm_fast as jf
 from jlebm_fast import ops, registration, rng
-from jlebm_fast.backends import eager
+from jlebm_fast.backends import cpu_plain, eager
 from jlebm_fast.problem import MLP, MLPSpec, Record, Update
 
 OPERATORS = registration.operators
@@ -91,6 +91,81 @@ def test_results_that_nobody_asked_for_are_absent(backend):
         direct = ops.mlp_langevin_chain(z, mlp, update, 4, record, backend=backend.name)
         for a, b in zip(found, [value for value in direct if value is not None], strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not cpu_plain.available(), reason="plain calls are not answered here")
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("chosen", ["auto", "cpu"])
+def test_plain_operators_are_one_native_call(context, n_threads, chosen, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    z, update = normal(37, 6), plain_update(4, 6, noise_key=torch.tensor([-7]))
+    mlp = random_mlp((6, 8, 5, 1), "gelu", chains=37, context=context)
+    records = (Record(), Record(diagnostics=True), Record(diagnostics=True, thin=3), Record(diagnostics=True, thin=9))
+    spread = registration.spread_mlp(mlp)
+
+    def runs():
+        arguments = [(z, *spread, *registration.spread_update(update), 4, *record, chosen, None) for record in records]
+        found = [tensor for each in arguments for tensor in OPERATORS.mlp_langevin_chain.default(*each)]
+        return [*found, *OPERATORS.mlp_energy_grad.default(z, *spread, chosen, None)]
+
+    def never(*arguments, **options):
+        raise AssertionError("the general way")
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(ops, "direct_chain", never)
+            patched.setattr(ops, "direct_energy_grad", never)
+            found = runs()
+        monkeypatch.setattr(cpu_plain, "chain_operator", lambda *arguments: None)
+        monkeypatch.setattr(cpu_plain, "energy_grad_operator", lambda *arguments: None)
+        for a, b in zip(found, runs(), strict=True):
+            assert torch.equal(a, b)
+            assert (a.shape, a.stride(), a.dtype, a.requires_grad) == (b.shape, b.stride(), b.dtype, False)
+    finally:
+        torch.set_num_threads(before)
+
+
+NOT_PLAIN_OPERATORS = {
+    "z in float64": lambda z, rest: (z.double(), *rest),
+    "z transposed": lambda z, rest: (z.t().contiguous().t(), *rest),
+    "z of four dimensions": lambda z, rest: (z[..., None, None], *rest),
+    "z too wide": lambda z, rest: (torch.cat([z, z], 1), *rest),
+    "another backend": lambda z, rest: (z, *rest[:-2], "eager", rest[-1]),
+    "nobody's backend": lambda z, rest: (z, *rest[:-2], "nobody", rest[-1]),
+    "too few weights": lambda z, rest: (z, rest[0][:1], *rest[1:]),
+    "a weight as its negative": lambda z, rest: (z, [torch._neg_view(rest[0][0]), *rest[0][1:]], *rest[1:]),
+    "another net": lambda z, rest: (z, *rest[:4], "6-8-1 gelu:0.0 identity", *rest[5:]),
+    "no net": lambda z, rest: (z, *rest[:4], "6-8", *rest[5:]),
+}
+
+
+@pytest.mark.skipif(not cpu_plain.available(), reason="plain calls are not answered here")
+@pytest.mark.parametrize("change", NOT_PLAIN_OPERATORS.values(), ids=NOT_PLAIN_OPERATORS)
+@pytest.mark.parametrize("name", ["mlp_langevin_chain", "mlp_energy_grad"])
+def test_operators_that_are_not_plain_are_left_to_the_checks(change, name, monkeypatch):
+    z, mlp = normal(37, 6), random_mlp((6, 8, 5, 1), "gelu")
+    rest = registration.spread_mlp(mlp)
+    if name == "mlp_langevin_chain":
+        rest = (*rest, *registration.spread_update(plain_update(4, 6)), 4, True, False, 2)
+    arguments = change(z, (*rest, "auto", None))
+    native = cpu_plain.chain_operator if name == "mlp_langevin_chain" else cpu_plain.energy_grad_operator
+    assert native(arguments, registration._checked_spec) is None
+
+    def run():
+        try:
+            return getattr(OPERATORS, name).default(*arguments)
+        except (ValueError, RuntimeError) as error:
+            return type(error), str(error)
+
+    found = run()
+    monkeypatch.setattr(cpu_plain, "_kernels", lambda: None)
+    expected = run()
+    if isinstance(found[0], torch.Tensor):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    else:
+        assert found == expected
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import in_memory
 from ..problem import MLP, ChainResult, MLPSpec, Record, Update
 from . import _native, cpu_blas
 
@@ -216,18 +217,17 @@ class _Addresses(list):
     def __call__(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
-            self.append(tensor)
-        return tensor.data_ptr()
+        readable = in_memory(tensor)
+        if readable is not tensor:
+            self.append(readable)
+        return readable.data_ptr()
 
 
 def _mlp_fields(mlp: MLP, address: _Addresses) -> tuple:
-    # what is contiguous needs no copy: asking for that first costs less than a call of `address`
     return (
         *mlp.spec.native_fields,
-        [weight.data_ptr() if weight.is_contiguous() else address(weight) for weight in mlp.weights],
-        [0 if bias is None else bias.data_ptr() if bias.is_contiguous() else address(bias) for bias in mlp.biases],
+        [address(weight) for weight in mlp.weights],
+        [address(bias) for bias in mlp.biases],
         0 if mlp.context_bias is None else address(mlp.context_bias),
         0 if mlp.logit is None else address(mlp.logit),
     )

@@ -10,14 +10,14 @@ have the word. They cost ten times a small chain, which is why they are asked se
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from ..latents import LatentLayout, Latents
-from ..problem import MLP, ChainResult, Record, Update
+from ..problem import MLP, ChainResult, MLPSpec, Record, Update
 from . import _native
 from .cpu import WIDEST_LANES_LAYER, empty_layers, empty_result, recorded
 
@@ -44,14 +44,15 @@ def available() -> bool:
 
 
 def _is_usual(tensor: Tensor) -> bool:
-    """On the CPU, of torch's own class, and its memory holds its values, not their negatives (a conjugate's imag)."""
-    return type(tensor) in _CLASSES and tensor.is_cpu and not tensor.is_neg()
+    """On the CPU and of torch's own class."""
+    return type(tensor) in _CLASSES and tensor.is_cpu
 
 
 def _is_float32(tensor: Tensor) -> bool:
     """Usual, and one that a chain takes without a copy."""
     return (
         _is_usual(tensor)
+        and not tensor.is_neg()  # its memory would hold not its values but their negatives (a conjugate's imag)
         and tensor.dtype is torch.float32
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
@@ -214,3 +215,19 @@ def chain_of_latents(
         return None
     _, energy, *others = result
     return end, info(-energy if negative and energy is not None else energy, *others)
+
+
+def energy_grad_operator(arguments: tuple, spec_of: Callable[[str, float], MLPSpec]) -> tuple[Tensor, Tensor] | None:
+    """The registered operator `mlp_energy_grad` (`registration.py`) of all its arguments; spec_of(spec, out_scale)."""
+    native = _kernels()
+    if native is None:
+        return None
+    return native.plain_energy_grad_operator(arguments, spec_of, torch.empty_like, torch.get_num_threads())
+
+
+def chain_operator(arguments: tuple, spec_of: Callable[[str, float], MLPSpec]) -> list[Tensor] | None:
+    """The registered operator `mlp_langevin_chain` likewise; None with a trajectory."""
+    native = _kernels()
+    if native is None:
+        return None
+    return native.plain_chain_operator(arguments, spec_of, torch.empty_like, _LARGEST_COPY, torch.get_num_threads())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from reference import moved, plain_update, random_mlp
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import jlebm_fast as jf
 from jlebm_fast import fused_energy, ops, rng
@@ -153,6 +154,18 @@ NOT_PLAIN = {
     "z of a subclass": lambda z, m, u, n: (z.as_subclass(Subclass), m, u, n),
     "z as its negative": lambda z, m, u, n: (torch._neg_view(z), m, u, n),
     "z without memory": lambda z, m, u, n: (torch._efficientzerotensor(CHAINS, DIM), m, u, n),
+    "weight as its negative": lambda z, m, u, n: (z, _layer(m, weights=torch._neg_view(m.weights[0])), u, n),
+    "bias as its negative": lambda z, m, u, n: (z, _layer(m, biases=torch._neg_view(m.biases[0])), u, n),
+    "coefficients as their negatives": lambda z, m, u, n: (
+        z, m, u._replace(step_coefficients=torch._neg_view(u.step_coefficients)), n
+    ),
+    "mean as its negative": lambda z, m, u, n: (z, m, u._replace(prior_mean=torch._neg_view(normal(DIM))), n),
+    "noise as its negative": lambda z, m, u, n: (
+        z, m, u._replace(noise=torch._neg_view(normal(STEPS, CHAINS, DIM))), n
+    ),
+    "extra gradient as its negative": lambda z, m, u, n: (z, m, u._replace(extra_grad=torch._neg_view(z)), n),
+    "weight without memory": lambda z, m, u, n: (z, _layer(m, weights=torch._efficientzerotensor(8, DIM)), u, n),
+    "weight of a class of its own": lambda z, m, u, n: (z, _layer(m, weights=TwoTensor(*2 * [m.weights[0]])), u, n),
     "z no tensor": lambda z, m, u, n: (z.numpy(), m, u, n),
     "weight of another shape": lambda z, m, u, n: (z, _layer(m, weights=normal(8, 5)), u, n),
     "weight transposed": lambda z, m, u, n: (z, _layer(m, weights=normal(DIM, 8).t()), u, n),
@@ -220,6 +233,9 @@ def test_what_is_not_plain_is_left_to_the_checks(change, monkeypatch):
     monkeypatch.setattr(cpu_plain, "_kernels", lambda: None)
     expected = run()
     assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
+    if isinstance(found, torch.Tensor) and found.dtype == torch.float32:
+        by_formulas = ops.mlp_langevin_chain(z, mlp, update, n_steps, backend="eager").z
+        torch.testing.assert_close(found, by_formulas, rtol=1e-4, atol=1e-5)
 
 
 def test_calls_that_are_not_plain_in_what_only_they_take():
@@ -311,8 +327,10 @@ def test_negatives_and_lazy_zeros_outside_of_plain_calls():
             ops.langevin_step(z, torch._neg_view(z), first, backend=backend),
             ops.langevin_step(z, -z, first, backend=backend),
         )
-    with pytest.raises(ValueError, match=r"z has no memory: pass a copy, z\.clone\(\)"):
-        ops.mlp_energy_grad(torch._efficientzerotensor(CHAINS, DIM), mlp)
+        lazy, zeros = torch._efficientzerotensor(CHAINS, DIM), torch.zeros(CHAINS, DIM)
+        assert torch.equal(
+            ops.mlp_energy_grad(lazy, mlp, backend=backend)[1], ops.mlp_energy_grad(zeros, mlp, backend=backend)[1]
+        )
 
 
 def test_mlp_records_of_other_sequences():
@@ -342,3 +360,19 @@ def test_what_a_sampler_tells_does_not_depend_on_the_way(maximize, thin, n_steps
         assert (got is expected is None) or torch.equal(got, expected)
     alone = [tensor.untyped_storage().data_ptr() for tensor in info if tensor is not None and tensor.numel()]
     assert len(set(alone)) == len(alone)
+
+
+def test_what_has_no_memory_is_refused_by_name():
+    """Its address would be 0."""
+    z, mlp = problem()
+    own = MLP(mlp.spec, (TwoTensor(mlp.weights[0], mlp.weights[0]), *mlp.weights[1:]), mlp.biases)
+    with pytest.raises(ValueError, match=r"memory the kernels can read was expected, got a TwoTensor \[8, 6\] float32"):
+        ops.mlp_langevin_chain(z, own, plain_update(STEPS, DIM), STEPS)
+
+
+def test_forward_of_weights_without_memory_is_torch_s_own():
+    f, z = jf.EnergyMLP(DIM, 8, 3), normal(CHAINS, DIM)
+    expected = f(z).detach()
+    for layer in f.layers:
+        layer.weight = nn.Parameter(TwoTensor(layer.weight.detach(), layer.weight.detach()))
+    torch.testing.assert_close(f(z).a.detach(), expected)

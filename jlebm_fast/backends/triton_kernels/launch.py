@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...checks import in_memory
 from ...problem import MLP, ChainResult, MLPSpec, Update
 from . import noise, resident, spectral, streamed, update
 from .records import NetPointers, RecordPointers, SpectralPointers, UpdatePointers, UpdateStrides
@@ -95,7 +96,7 @@ def spectral_call(
     tolerance: float,
 ) -> Call:
     """The spectral norms of weights [out, in] into `found`: (u [out], v [in], sigma [1], normalised) of each."""
-    weights, starts = zip(*[(weight.contiguous(), start.contiguous()) for weight, start in pairs], strict=True)
+    weights, starts = zip(*[(in_memory(weight), in_memory(start)) for weight, start in pairs], strict=True)
     pointers = SpectralPointers(
         weights, starts, *zip(*found, strict=True), *(zip(*keep, strict=True) if keep else ((), ()))
     )
@@ -198,10 +199,10 @@ def _pack(mlp: MLP, layout: _Layout, precision: str) -> tuple[Tensor, Tensor]:
 
 def _net(mlp: MLP) -> NetPointers:
     return NetPointers(
-        tuple(weight.contiguous() for weight in mlp.weights),
-        tuple(map(_contiguous, mlp.biases)),
-        _contiguous(mlp.context_bias),
-        _contiguous(mlp.logit),
+        tuple(map(in_memory, mlp.weights)),
+        tuple(map(_in_memory, mlp.biases)),
+        _in_memory(mlp.context_bias),
+        _in_memory(mlp.logit),
     )
 
 
@@ -218,7 +219,7 @@ def _update_arguments(change: Update) -> tuple:
         change.extra_grad,
     )
     strides = UpdateStrides(*(_chain_stride(t) for t in (change.prior_mean, change.prior_precision, change.frozen)))
-    pointers = UpdatePointers(*map(_contiguous, tensors), key)
+    pointers = UpdatePointers(*map(_in_memory, tensors), key)
     return pointers, strides, low, high, signed(change.first_step), signed(change.first_chain)
 
 
@@ -229,8 +230,8 @@ def _key(noise_key: int | Tensor) -> tuple[Tensor | None, int, int]:
     return None, signed(noise_key), signed(noise_key >> 32)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _in_memory(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else in_memory(tensor)
 
 
 def _chain_stride(per_dim_or_chain: Tensor | None) -> int:
