@@ -67,6 +67,7 @@ struct Job {
 void work(void* p) {
     Job* job = static_cast<Job*>(p);
     Meanwhile::begin(); // only the calling thread has something
+    const FlushDenormals flush;
     for (int worker = job->left.fetch_sub(1) - 1; worker >= 0; worker = job->left.fetch_sub(1) - 1)
         job->task(job->context, worker);
 }

@@ -6,10 +6,12 @@
 
 #include <functional>
 
+#include "cpu/denormals.h"
+
 namespace jlebm {
 
-// Runs task(context, worker) for worker = n - 1 .. 0, each exactly once. The calling thread takes part; fewer threads
-// than n may serve, so a worker must not wait for one that has not begun.
+// Runs task(context, worker) for worker = n - 1 .. 0, each exactly once, where denormal results are 0. The calling
+// thread takes part; fewer threads than n may serve, so a worker must not wait for one that has not begun.
 void run_workers(int n, void (*task)(void* context, int worker), void* context);
 
 // "openmp: <library>" or "std::thread"
@@ -38,6 +40,7 @@ template <class Task>
 void parallel_workers(int n, const Task& task) {
     if (n <= 1) {
         Meanwhile::begin();
+        const FlushDenormals flush;
         task(0);
         return;
     }

@@ -22,6 +22,7 @@ from . import _native, cpu_blas
 
 NAME = "cpu"
 _CPU = torch.device("cpu")
+_CLASSES = (Tensor, torch.nn.Parameter)
 # Measured with two hidden layers on one AVX-512 core, GFLOP/s of lanes and of blas: 600 units 123 and 103, 1000 units
 # 149 and 119, 2000 units 91 and 102. With several threads lanes gain more: they meet once a chain, not once a layer.
 WIDEST_LANES_LAYER = 1024
@@ -217,6 +218,10 @@ class _Addresses(list):
     def __call__(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
+        if type(tensor) in _CLASSES and tensor.is_contiguous() and not tensor.is_neg():  # nearly all of them
+            address = tensor.data_ptr()
+            if address:
+                return address
         readable = in_memory(tensor)
         if readable is not tensor:
             self.append(readable)
