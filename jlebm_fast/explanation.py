@@ -42,7 +42,7 @@ def explain(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, context: 
             f"energy    {name}: {describe_spec(spec)}",
             f"path      mlp_langevin_chain: all {sampler.n_steps} steps in one call",
         ]
-    times, change = source.examinations(layout)
+    times, change = source.examinations(layout, context)
     if change is not None:
         # a forward that counts its calls has it done at every one
         lines.insert(1, f"          examined {times} times; before the last time {change} had changed")

@@ -102,7 +102,7 @@ class Recognised:
 
     def __init__(self, net: nn.Module, structure: Structure) -> None:
         self.spec = structure.spec
-        self.columns = structure.columns
+        self.columns, self.context_dim = structure.columns, structure.context_dim
         self.layers = [Layer(net, site) for site in structure.sites]
         sites = tuple([(s.path, s.kind, s.weight, s.bias_path, s.bias) for s in structure.sites])
         self.plain = (structure.spec, structure.columns, sites)
@@ -131,22 +131,34 @@ class Recognised:
             tuple([None if name is None else owner()._parameters[name] for owner, name in biases]),
         )
 
-    def mlp(self, sign: float = 1.0) -> MLP:
-        """The energy times sign, with the parameters of this moment."""
+    def mlp(self, sign: float = 1.0, context: Tensor | None = None) -> MLP:
+        """The energy times sign under a condition [chains, context_dim], with the parameters of this moment."""
         weights = effective_weights(self.layers)
+        context_bias = None
         if self.columns is not None:
             device = weights[0].device
             if device not in self._column_index:
                 self._column_index[device] = torch.tensor(self.columns, device=device)
-            weights[0] = spread_columns(weights[0], self._column_index[device], self.spec.dim)
+            weights[0], of_context = spread_columns(
+                weights[0], self._column_index[device], self.spec.dim, self.context_dim
+            )
+            if context is not None:
+                context_bias = context.detach().to(of_context.dtype) @ of_context.t()
         spec = self.spec if sign == 1.0 else self.spec.negated
-        return MLP(spec, tuple([w.contiguous() for w in weights]), tuple([layer.bias() for layer in self.layers]))
+        return MLP(
+            spec,
+            tuple([w.contiguous() for w in weights]),
+            tuple([layer.bias() for layer in self.layers]),
+            context_bias,
+        )
 
     def converged_buffers(self) -> dict[str, Tensor]:
         """Buffers with which the module's own forward is the energy of a chain."""
         return {name: buffer for layer in self.layers for name, buffer in layer.converged_buffers().items()}
 
 
-def spread_columns(weight: Tensor, index: Tensor, dim: int) -> Tensor:
-    """The weight [out, dim] on all of z that does what `weight` [out, inputs] does on z[:, index]."""
-    return weight.new_zeros(weight.shape[0], dim).index_add_(1, index, weight.detach())
+def spread_columns(weight: Tensor, index: Tensor, dim: int, context_dim: int = 0) -> tuple[Tensor, Tensor]:
+    """The weights [out, dim] and [out, context_dim] on all of z and of a condition c that together do what `weight`
+    [out, inputs] does on (z, c)[:, index]."""
+    spread = weight.new_zeros(weight.shape[0], dim + context_dim).index_add_(1, index, weight.detach())
+    return spread[:, :dim], spread[:, dim:]

@@ -2,6 +2,7 @@
 
     trace      a float64 copy of the module runs once and `tracing.py` conjectures its structure
     test       value and gradient of that structure against the copy's own, on random inputs of two batch sizes
+    condition  a context beside z is part of the first layer's inputs, constant along a chain
     keep       the structure, per module and weakly; never a parameter: `recognised.py` reads those at every call
     watch      modules, forwards, modes (train/eval), ties between parameters, attributes (plain values however nested,
                identities of the rest), globals, closures and methods that the code names: what differs from the
@@ -89,6 +90,7 @@ def _replace_what_tests_nothing(net: nn.Module) -> None:
 def _trace(
     net: nn.Module,
     layout: LatentLayout,
+    context_dim: int,
     chains: int,
     scale: float,
     device: torch.device,
@@ -96,17 +98,23 @@ def _trace(
 ) -> Structure:
     """One traced run of a float64 copy, its structure tested on the values of the run."""
     generator = torch.Generator("cpu").manual_seed(chains)
-    flat = scale * torch.randn(chains, layout.dim, generator=generator, dtype=torch.float64, device="cpu")
-    flat = flat.to(device).requires_grad_()
+    dim, width = layout.dim, layout.dim + context_dim
+    both = scale * torch.randn(chains, width, generator=generator, dtype=torch.float64, device="cpu").to(device)
+    flat, context = both[:, :dim].clone().requires_grad_(), both[:, dim:].clone()
     z = layout.restore(flat)
-    entries = layout.restore(torch.arange(chains * layout.dim, device=device).view(chains, layout.dim))
-    tracer = Tracer(net, chains, layout.dim, device, numbers)
-    pieces = [(z, entries)] if isinstance(z, Tensor) else zip(z, entries, strict=True)
+    entries = torch.arange(chains * width, device=device).view(chains, width)
+    of_z = layout.restore(entries[:, :dim].contiguous())
+    tracer = Tracer(net, chains, dim, context_dim, device, numbers)
+    pieces = [(z, of_z)] if isinstance(z, Tensor) else zip(z, of_z, strict=True)
     for piece, numbers in pieces:
         tracer.put(piece, Label(entries=numbers))
+    options = {}
+    if context_dim:
+        tracer.put(context, Label(entries=entries[:, dim:].contiguous()))
+        options["context"] = context
     try:
         with tracer:
-            output = net(z)
+            output = net(z, **options)
         structure, linears = structure_of(tracer, output)
         check_spec(structure.spec)
         (expected_grad,) = torch.autograd.grad(output.sum(), flat, allow_unused=True)
@@ -115,12 +123,13 @@ def _trace(
     finally:
         tracer.remove_hooks()
     with torch.no_grad():
-        weights = [linear.weight for linear in linears]
+        weights, context_bias = [linear.weight for linear in linears], None
         if structure.columns is not None:
             index = torch.tensor(structure.columns, device=device)
-            weights[0] = spread_columns(weights[0], index, layout.dim)
+            weights[0], of_context = spread_columns(weights[0], index, dim, context_dim)
+            context_bias = context @ of_context.t() if context_dim else None
         biases = tuple(linear.bias for linear in linears)
-        value, grad = eager.mlp_energy_grad(flat, MLP(structure.spec, tuple(weights), biases))
+        value, grad = eager.mlp_energy_grad(flat, MLP(structure.spec, tuple(weights), biases, context_bias))
         if expected_grad is None or not (_close(value, output.reshape(-1)) and _close(grad, expected_grad)):
             raise Untraceable("the MLP read out of its forward does not reproduce its value and gradient")
         layers = [Layer(net, site) for site in structure.sites]
@@ -137,7 +146,7 @@ def _close(value: Tensor, expected: Tensor) -> bool:
     return bool(((value - expected).abs() <= _TEST_TOLERANCE * (1 + expected.abs())).all())
 
 
-def recognise(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognised:
+def recognise(net: nn.Module, layout: LatentLayout, context_dim: int = 0) -> Recognised | Unrecognised:
     """Trace and test a module, leaving it, its buffers and torch's random state as they are: a draw is refused."""
     if any(is_lazy(parameter) for parameter in net.parameters()):
         return Unrecognised("it has parameters without a shape yet; call it once")
@@ -159,7 +168,8 @@ def recognise(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognised
         try:
             # two runs: a forward that depends on the batch, or on the values in it, shows
             first, second = (
-                _trace(twin, layout, n, scale, device, numbers) for n, scale in zip(_TEST_CHAINS, (1, 3), strict=True)
+                _trace(twin, layout, context_dim, n, scale, device, numbers)
+                for n, scale in zip(_TEST_CHAINS, (1, 3), strict=True)
             )
         except Untraceable as why:
             return Unrecognised(str(why))
@@ -182,10 +192,10 @@ _examined: weakref.WeakKeyDictionary[nn.Module, dict[Any, Examined]] = weakref.W
 _MAX_REMEMBERED = 8
 
 
-def recognised(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognised:
+def recognised(net: nn.Module, layout: LatentLayout, context_dim: int = 0) -> Recognised | Unrecognised:
     """`recognise`, remembered per module, layout and mode for as long as nothing that matters changes."""
     remembered = _examined.setdefault(net, {})
-    key = (layout, net.training)
+    key = (layout, net.training, context_dim)
     entry = remembered.get(key)
     if entry is None and any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
         return Unrecognised("a scripted or traced module cannot be watched; pass the nn.Module it was made from")
@@ -194,7 +204,7 @@ def recognised(net: nn.Module, layout: LatentLayout) -> Recognised | Unrecognise
         if len(remembered) >= _MAX_REMEMBERED:
             remembered.clear()
         # the snapshot comes first: a change while tracing would be noticed at the next call
-        entry = Examined(Guards(net), recognise(net, layout), times + 1, change)
+        entry = Examined(Guards(net), recognise(net, layout, context_dim), times + 1, change)
         remembered[key] = entry
     return entry.found
 
@@ -250,24 +260,41 @@ class EnergySource:
             return energy
         return lambda z, **options: torch.func.functional_call(energy, buffers, (z,), options)
 
-    def found(self, layout: LatentLayout, options: dict[str, object]) -> Recognised | Unrecognised:
-        """What is known about an energy that is no EnergyMLP."""
+    def found(
+        self, layout: LatentLayout, options: dict[str, object], flat: Tensor | None = None
+    ) -> Recognised | Unrecognised:
+        """What is known about an energy that is no EnergyMLP; a context needs the latents that it goes with."""
         net = self.net
         if not isinstance(net, nn.Module):
             return Unrecognised("it is a plain callable; pass the nn.Module itself to have it examined")
-        given = [name for name, value in options.items() if value is not None]
-        if given:
-            return Unrecognised(f"{' and '.join(given)} can be fused for an EnergyMLP only")
-        return recognised(net, layout)
+        if options.get("y") is not None:
+            return Unrecognised("y can be fused for an EnergyMLP only")
+        context = options.get("context")
+        if context is None:
+            return recognised(net, layout)
+        wanted = (flat.shape[0], flat.dtype, flat.device)
+        if (
+            not isinstance(context, Tensor)
+            or context.dim() != 2
+            or not context.shape[1]
+            or (context.shape[0], context.dtype, context.device) != wanted
+        ):
+            return Unrecognised(
+                f"a context can be fused if it is [{wanted[0]}, context_dim] {dtype_name(wanted[1])} on {wanted[2]}, "
+                f"got {describe(context)}"
+            )
+        return recognised(net, layout, context.shape[1])
 
     def reason(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> str:
-        found = self.found(layout, {"context": context, "y": y})
+        found = self.found(layout, {"context": context, "y": y}, flat)
         return found.reason if isinstance(found, Unrecognised) else ""
 
-    def examinations(self, layout: LatentLayout) -> tuple[int, str | None]:
+    def examinations(self, layout: LatentLayout, context: object) -> tuple[int, str | None]:
         """How often the module was examined for such latents, and what had changed before the latest time."""
         net = self.net
-        entry = _examined.get(net, {}).get((layout, net.training)) if isinstance(net, nn.Module) else None
+        context_dim = context.shape[1] if isinstance(context, Tensor) and context.dim() == 2 else 0
+        known = _examined.get(net, {}) if isinstance(net, nn.Module) else {}
+        entry = known.get((layout, net.training, context_dim)) if known else None
         return (0, None) if entry is None else (entry.times, entry.change)
 
     def mlp(
@@ -284,11 +311,12 @@ class EnergySource:
             mlp = self._energy_mlp(net, flat, layout, context, y, sign)
             self.was_mlp = True
             return mlp
-        found = self.found(layout, {"context": context, "y": y})
+        found = self.found(layout, {"context": context, "y": y}, flat)
         if isinstance(found, Unrecognised):
             return None
-        self._remember(found, layout, net.training)
-        mlp = found.mlp(sign)
+        if context is None:
+            self._remember(found, layout, net.training)
+        mlp = found.mlp(sign, context)
         self.was_mlp = True
         weight = mlp.weights[0]
         if weight.dtype not in SUPPORTED_DTYPES:

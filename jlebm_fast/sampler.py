@@ -168,7 +168,8 @@ class FastLangevin:
             noise_key: 64 bits that name the noise field; default: drawn from the generator
             first_step: index of this call's first step in the noise field (a chain continued)
             first_chain: index of this call's first chain in the noise field (one part of many chains)
-            context: condition c of a conditional energy, [chains, context_dim]; passed to other callables as context=
+            context: condition c of a conditional energy, [chains, context_dim]; passed to other callables as context=,
+                and recognised in modules whose first layer takes it beside z
             y: chosen logit, int or int64 [chains]; passed to other callables as y=
             capture: on a CUDA device, where a step goes through autograd (a log_likelihood, an energy that is no MLP),
                 capture it once in a CUDA graph and replay it; False for callables that look at values on the host

@@ -72,7 +72,8 @@ class Structure:
 
     spec: MLPSpec
     sites: tuple[LinearSite, ...]
-    columns: tuple[int, ...] | None  # coordinate of z behind each input of the first layer; None: in order
+    columns: tuple[int, ...] | None  # coordinate of (z, context) behind each input of the first layer; None: z in order
+    context_dim: int = 0  # coordinates of the condition, which follow those of z
 
 
 class Untraceable(Exception):
@@ -112,17 +113,25 @@ class Label(NamedTuple):
 
 
 class Tracer(TorchFunctionMode):
-    """Labels everything that descends from the given latents while a module runs.
+    """Labels everything that descends from the given latents, and from a condition beside them, while a module runs.
 
+    dim       of the latents; those of the condition follow them in the numbers of entries
     numbers   (int or float, value) of those that may scale a value or shape an activation: their origin is known and
               watched (`recognition.py`)
     """
 
     def __init__(
-        self, net: nn.Module, chains: int, dim: int, device: torch.device, numbers: frozenset[tuple[type, float]]
+        self,
+        net: nn.Module,
+        chains: int,
+        dim: int,
+        context_dim: int,
+        device: torch.device,
+        numbers: frozenset[tuple[type, float]],
     ) -> None:
         super().__init__()
         self.net, self.chains, self.dim, self.device, self.numbers = net, chains, dim, device, numbers
+        self.context_dim = context_dim
         self.columns: tuple[int, ...] = ()
         self.labels: dict[int, tuple[Tensor, Label]] = {}
         self.refused: str | None = None
@@ -315,7 +324,7 @@ class Tracer(TorchFunctionMode):
         if entries.numel() != self.chains * weight.shape[1]:
             return self._unknown("a linear layer that is not applied to one row per chain")
         entries = entries.reshape(self.chains, weight.shape[1])
-        width = label.linears[-1].weight.shape[0] if label.linears else self.dim
+        width = label.linears[-1].weight.shape[0] if label.linears else self.dim + self.context_dim
         shift = (torch.arange(self.chains, device=self.device) * width).view(-1, 1)
         if not torch.equal(entries - shift, entries[:1].expand_as(entries)):
             return self._unknown("a linear layer that mixes chains")
@@ -332,7 +341,7 @@ class Tracer(TorchFunctionMode):
         linear = Linear(site, weight.detach(), None if bias is None else bias.detach())
         shape = (self.chains, weight.shape[0]) if name == "linear" else (self.chains, weight.shape[0], 1, 1)
         if not label.linears:
-            # the first layer's columns travel with it: which coordinate of z each input is
+            # the first layer's columns travel with it: which coordinate of z or the condition each input is
             self.columns = tuple(entries[0].tolist())
         return Label(self._in_order(weight.shape[0]).view(shape), (*label.linears, linear), post)
 
@@ -430,5 +439,6 @@ def structure_of(tracer: Tracer, output: object) -> tuple[Structure, tuple[Linea
         head,
         label.factor,
     )
-    columns = None if tracer.columns == tuple(range(tracer.dim)) else tracer.columns
-    return Structure(spec, tuple(linear.site for linear in linears), columns), linears
+    in_order = tracer.columns == tuple(range(tracer.dim)) and tracer.context_dim == 0
+    columns = None if in_order else tracer.columns
+    return Structure(spec, tuple(linear.site for linear in linears), columns, tracer.context_dim), linears

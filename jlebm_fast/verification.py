@@ -143,7 +143,7 @@ def _gradient_check(
     y: Tensor | int | None,
 ) -> Check:
     value, grad = energy_and_grad(sampler.energy, z, context=context, y=y, backend=name)
-    found = sampler._source.found(layout, {"context": context, "y": y})
+    found = sampler._source.found(layout, {"context": context, "y": y}, flat)
     # a chain divides by the converged spectral norm (spectral.py), so that is what it is compared with
     converged = found.converged_buffers() if isinstance(found, Recognised) else {}
     own = sampler._source.callable(converged)
