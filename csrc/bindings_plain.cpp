@@ -190,6 +190,16 @@ private:
     std::vector<NewTensor> tensors_;
 };
 
+// memory for them, as tensors at once
+py::tuple new_record(int64_t kept, int64_t chains) {
+    if (kept < 0 || chains < 0) throw std::invalid_argument("kept steps and chains must not be negative");
+    RecordParams nowhere;
+    Told told;
+    told.ask(kept, chains, nowhere);
+    const std::vector<py::object> made = told.made();
+    return py::make_tuple(made[0], made[1], made[2], made[3]);
+}
+
 struct Made {
     py::object end; // null where torch made it otherwise than z lies
     std::vector<py::object> told;
@@ -357,6 +367,8 @@ void bind_plain(py::module_& m) {
     m.def("read_tensors_through", &read_tensors_through, py::arg("capsule"), py::arg("tensor"), py::arg("parameter"),
           py::arg("widest"),
           "give the plain calls DLPack's table, torch's classes and the widest layer; whether they know the table");
+    m.def("new_record", &new_record, py::arg("kept"), py::arg("chains"),
+          "tensors for energy, grad_norm, displacement [kept, chains] and first_bad_step [chains]");
     m.def("plain_latents", &plain<latents, py::handle, py::handle, int64_t>);
     m.def("plain_langevin_noise",
           &plain<langevin_noise, py::handle, py::handle, py::handle, py::handle, py::handle, int>);

@@ -1,5 +1,7 @@
 #include "bindings_tensors.h"
 
+#include <cstddef>
+#include <mutex>
 #include <new>
 
 namespace jlebm {
@@ -49,16 +51,71 @@ bool can_read_tensors() { return exchange != nullptr; }
 
 constexpr std::align_val_t kTensorAlign{64}; // torch's own
 
+// Memory of tensors that are gone, for the next of the same size: a call that tells of ten thousand chains fills some
+// 1,800 pages, and to be given fresh ones took two per cent of its time.
+class Kept {
+public:
+    void* take(size_t bytes) {
+        const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock); // a fork may have left it locked
+        if (lock) {
+            for (size_t i = blocks_.size(); i-- > 0;) {
+                if (blocks_[i].bytes != bytes) continue;
+                void* const memory = blocks_[i].memory;
+                blocks_.erase(blocks_.begin() + std::ptrdiff_t(i));
+                held_ -= bytes;
+                return memory;
+            }
+        }
+        return ::operator new(bytes, kTensorAlign);
+    }
+
+    void give(void* memory, size_t bytes) {
+        const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        if (!lock || bytes < kLeast || bytes > kMost) return ::operator delete(memory, kTensorAlign);
+        while (held_ + bytes > kMost || blocks_.size() == blocks_.capacity()) { // the oldest go
+            ::operator delete(blocks_.front().memory, kTensorAlign);
+            held_ -= blocks_.front().bytes;
+            blocks_.erase(blocks_.begin());
+        }
+        blocks_.push_back({memory, bytes});
+        held_ += bytes;
+    }
+
+private:
+    static constexpr size_t kLeast = size_t(1) << 16, kMost = size_t(1) << 25; // each, all of them
+    struct Block {
+        void* memory;
+        size_t bytes;
+    };
+
+    std::vector<Block> blocks_ = [] {
+        std::vector<Block> none;
+        none.reserve(32);
+        return none;
+    }();
+    std::mutex mutex_;
+    size_t held_ = 0;
+};
+
+// never destroyed: tensors may be the last to go
+Kept& kept() {
+    static Kept& kept = *new Kept;
+    return kept;
+}
+
 void NewTensor::disown(Managed* memory) {
     if (memory->owners.fetch_sub(1) > 1) return;
+    const size_t bytes = memory->bytes;
     memory->~Managed();
-    ::operator delete(memory, kTensorAlign);
+    kept().give(memory, bytes);
 }
 
 NewTensor::NewTensor(DlType type, int32_t n_dims, int64_t rows, int64_t n) : memory_(nullptr, &disown) {
     constexpr size_t align = size_t(kTensorAlign), head = (sizeof(Managed) + align - 1) / align * align;
-    char* const memory = static_cast<char*>(::operator new(head + size_t(rows * n) * type.bits / 8, kTensorAlign));
-    memory_.reset(new (memory) Managed{1, 0, nullptr, &disown, 0, {}, {rows, n}, {std::max<int64_t>(n, 1), 1}, {1}});
+    const size_t bytes = head + size_t(rows * n) * type.bits / 8;
+    char* const memory = static_cast<char*>(kept().take(bytes));
+    memory_.reset(new (memory)
+                      Managed{1, 0, nullptr, &disown, 0, {}, {rows, n}, {std::max<int64_t>(n, 1), 1}, {1}, bytes});
     const int skipped = 2 - n_dims;
     memory_->tensor = {
         memory + head, {kDlCpu, 0}, n_dims, type, memory_->shape + skipped, memory_->strides + skipped, 0};

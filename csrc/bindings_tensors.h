@@ -66,6 +66,7 @@ private:
         DlTensor tensor;
         int64_t shape[2], strides[2];
         std::atomic<int> owners;
+        size_t bytes; // of all
     };
     static void disown(Managed* memory);
 

@@ -142,7 +142,10 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
         rows = update.step_coefficients
         if type(rows) not in _CLASSES or rows.ndim != 2 or rows.shape[0] != n_steps:
             return None
-        result = empty_result(z, n_steps, record)
+        result = empty_result(z, n_steps, record._replace(diagnostics=False))
+        if record.diagnostics:  # in memory that is used again: fresh pages of it cost ten thousand chains 2 % more
+            energy, grad_norm, displacement, first_bad_step = native.new_record(n_steps // record.thin, z.shape[0])
+            result = ChainResult(result.z, energy, grad_norm, displacement, first_bad_step, result.trajectory)
     else:
         result = ChainResult(torch.empty_like(z))
     fits = native.plain_mlp_langevin_chain(z, mlp, update, n_steps, record.thin, result, torch.get_num_threads())

@@ -1,9 +1,6 @@
 """FastLangevin's usual calls, which give latents to the kernel as they are: with the bits, structure and draws of all
 others; and the calls that are left to the general way, with its results and its words."""
 
-import os
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -169,46 +166,6 @@ def test_what_is_made_while_other_threads_compute(latents, n_threads, threads, m
     general(monkeypatch)
     for one, each in zip(found, options, strict=True):
         assert_same([one], [sampler.sample(latents(), noise_key=4, **each)])
-
-
-def test_diagnostics_are_tensors_like_others():
-    sampler = jf.FastLangevin(energy(), n_steps=5)
-    for _ in range(2):  # the second call is a plain one
-        _, info = sampler.sample(layers(), return_info=True)
-    del sampler
-    for tensor in info[:4]:
-        assert (tensor.is_inference(), tensor._is_view(), tensor.is_leaf, tensor.data_ptr() % 64) == (
-            False,
-            False,
-            True,
-            0,
-        )
-        assert torch.equal(pickle.loads(pickle.dumps(tensor)), tensor)
-        assert torch.equal(tensor.clone().share_memory_(), tensor)
-        kept = tensor[-1:].clone()
-        piece = tensor[-1:]
-        del tensor
-        assert torch.equal(piece, kept)
-    weight = info.energy.requires_grad_()
-    (weight * 2).sum().backward()
-    assert torch.equal(weight.grad, torch.full_like(weight, 2.0))
-    info.grad_norm.zero_()
-    assert not info.grad_norm.any()
-    assert info.displacement.all()
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="tells a process's memory on Linux")
-def test_diagnostics_leave_no_memory_behind():
-    sampler, z = jf.FastLangevin(energy(), n_steps=100), normal(2000, DIM)
-
-    def kilobytes():
-        for _ in range(20):
-            sampler.sample(z, return_info=True)  # 2.4 MB each
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
-
-    first = kilobytes()
-    assert kilobytes() < first + 10_000
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
