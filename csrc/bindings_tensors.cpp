@@ -51,8 +51,8 @@ bool can_read_tensors() { return exchange != nullptr; }
 
 constexpr std::align_val_t kTensorAlign{64}; // torch's own
 
-// Memory of tensors that are gone, for the next of the same size: a call that tells of ten thousand chains fills some
-// 1,800 pages, and to be given fresh ones took two per cent of its time.
+// Memory of tensors that are gone, for the next of the same size: what a call tells of ten thousand chains fills some
+// 1,800 pages, and being given fresh ones each time costs more than to compute it.
 class Kept {
 public:
     void* take(size_t bytes) {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64)
+TENSOR_CLASSES = (Tensor, torch.nn.Parameter)  # torch's own, whose memory is all there is to them
 
 
 def dtype_name(dtype: torch.dtype | torch.layout) -> str:

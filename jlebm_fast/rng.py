@@ -53,8 +53,8 @@ def _drawn(words: Tensor, generator: torch.Generator | None) -> int:
     return low | (high << 32)
 
 
-# memory that keys are drawn in, and Python's own view of it, read in a third of the time of tolist(); what is in use by
-# a thread is not in the list
+# memory that keys are drawn in, and Python's own view of it, read without a call of torch; what a thread uses is not in
+# the list
 _spare: list[tuple[Tensor, memoryview]] = []
 
 

@@ -1,9 +1,9 @@
 // Results below 2^-126 become 0 for as long as one of these lives, in the thread that made it.
 //
 // Saturated activations give such numbers (softplus, GELU and their derivatives at -90), and arithmetic on them is
-// slow: a chain of such took 1.2 to 1.5 times as long on an AMD Zen 3. Worker threads have a mode of their own, of
-// which torch.set_flush_denormal changes only the calling one's, and what a chain becomes must not depend on who
-// computes it. Operands are taken as they are: a caller's 1e-39 is positive.
+// slow. Worker threads have a mode of their own, of which torch.set_flush_denormal changes only the calling one's, and
+// what a chain becomes must not depend on who computes it. Operands are taken as they are: a caller's 1e-39 is
+// positive.
 #pragma once
 
 #include <cstdint>

@@ -16,13 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import in_memory
+from ..checks import TENSOR_CLASSES, in_memory
 from ..problem import MLP, ChainResult, MLPSpec, Record, Update
 from . import _native, cpu_blas
 
 NAME = "cpu"
 _CPU = torch.device("cpu")
-_CLASSES = (Tensor, torch.nn.Parameter)
 # Measured with two hidden layers on one AVX-512 core, GFLOP/s of lanes and of blas: 600 units 123 and 103, 1000 units
 # 149 and 119, 2000 units 91 and 102. With several threads lanes gain more: they meet once a chain, not once a layer.
 WIDEST_LANES_LAYER = 1024
@@ -218,7 +217,7 @@ class _Addresses(list):
     def __call__(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
-        if type(tensor) in _CLASSES and tensor.is_contiguous() and not tensor.is_neg():  # nearly all of them
+        if type(tensor) in TENSOR_CLASSES and tensor.is_contiguous() and not tensor.is_neg():  # nearly all of them
             address = tensor.data_ptr()
             if address:
                 return address

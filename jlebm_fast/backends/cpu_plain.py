@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..checks import TENSOR_CLASSES
 from ..latents import LatentLayout, Latents
 from ..problem import MLP, ChainResult, MLPSpec, Record, Update
 from . import _native
@@ -23,7 +24,6 @@ from .cpu import WIDEST_LANES_LAYER, empty_layers, empty_result, recorded
 
 # what may be answered here: "cpu" is the first choice of "auto" for what is plain
 BACKENDS = ("auto", "cpu")
-_CLASSES = (Tensor, nn.Parameter)
 _CPU = torch.device("cpu")
 _LARGEST_COPY = 1 << 16  # floats of latents that one thread copies; beyond, torch.cat does it in all threads
 
@@ -35,7 +35,7 @@ def _kernels() -> ModuleType | None:
     if capsule is None or _native.unavailable_reason() is not None:
         return None
     native = _native.load()
-    return native if native.read_tensors_through(capsule, *_CLASSES, WIDEST_LANES_LAYER) else None
+    return native if native.read_tensors_through(capsule, *TENSOR_CLASSES, WIDEST_LANES_LAYER) else None
 
 
 def available() -> bool:
@@ -45,7 +45,7 @@ def available() -> bool:
 
 def _is_usual(tensor: Tensor) -> bool:
     """On the CPU and of torch's own class."""
-    return type(tensor) in _CLASSES and tensor.is_cpu
+    return type(tensor) in TENSOR_CLASSES and tensor.is_cpu
 
 
 def _is_float32(tensor: Tensor) -> bool:
@@ -140,10 +140,10 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
         if type(n_steps) is not int or type(record.thin) is not int or record.thin < 1:
             return None
         rows = update.step_coefficients
-        if type(rows) not in _CLASSES or rows.ndim != 2 or rows.shape[0] != n_steps:
+        if type(rows) not in TENSOR_CLASSES or rows.ndim != 2 or rows.shape[0] != n_steps:
             return None
         result = empty_result(z, n_steps, record._replace(diagnostics=False))
-        if record.diagnostics:  # in memory that is used again: fresh pages of it cost ten thousand chains 2 % more
+        if record.diagnostics:  # in memory that is used again, not in fresh pages (csrc/bindings_tensors.cpp)
             energy, grad_norm, displacement, first_bad_step = native.new_record(n_steps // record.thin, z.shape[0])
             result = ChainResult(result.z, energy, grad_norm, displacement, first_bad_step, result.trajectory)
     else:

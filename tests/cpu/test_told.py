@@ -5,29 +5,9 @@ import pickle
 
 import pytest
 import torch
+from test_plain_samples import DIM, DIMS, energy, layers, normal, pytestmark  # noqa: F401  the last skips these, too
 
 import jlebm_fast as jf
-from jlebm_fast.backends import _native
-
-pytestmark = [
-    pytest.mark.skipif(_native.unavailable_reason() is not None, reason=str(_native.unavailable_reason())),
-    pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="torch before 2.10"),
-]
-DIMS, CHAINS = (2, 1, 3), 21
-DIM = sum(DIMS)
-
-
-def normal(*shape, seed=5):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def energy():
-    torch.manual_seed(0)
-    return jf.EnergyMLP(DIMS, 9, 2)
-
-
-def layers():
-    return [normal(CHAINS, d, seed=d) for d in DIMS]
 
 
 def test_diagnostics_are_tensors_like_others():
