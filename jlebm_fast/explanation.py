@@ -25,6 +25,10 @@ def describe_spec(spec: MLPSpec) -> str:
     return f"{' -> '.join(map(str, spec.widths))}, {', '.join(names)}, head {scale}{spec.head}"
 
 
+def _side_by_side(n_terms: int) -> str:
+    return "" if n_terms == 1 else f"the sum of {n_terms} networks, side by side as "
+
+
 def explain(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, context: object, y: object) -> str:
     """Lines "label  text": energy, path, backend, and one line per backend that was passed over."""
     source = sampler._source
@@ -39,7 +43,7 @@ def explain(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, context: 
     else:
         spec, op = mlp.spec, "mlp_langevin_chain"
         lines = [
-            f"energy    {name}: {describe_spec(spec)}",
+            f"energy    {name}: {_side_by_side(source.n_terms(flat, layout, context))}{describe_spec(spec)}",
             f"path      mlp_langevin_chain: all {sampler.n_steps} steps in one call",
         ]
     times, change = source.examinations(layout, context)

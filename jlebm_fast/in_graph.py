@@ -19,6 +19,7 @@ from . import dynamics, registration
 from .energy import EnergyLinear, EnergyMLP
 from .latents import LatentLayout, flatten_latents, flatten_mask
 from .problem import MLP, MLPSpec, Record, Update
+from .recognised import assembled
 from .rng import noise_key_of
 
 if TYPE_CHECKING:
@@ -93,10 +94,10 @@ def mlp_of(
     return mlp
 
 
-def _read(net: nn.Module, spec: MLPSpec, columns: tuple[int, ...] | None, sites: tuple) -> MLP:
+def _read(net: nn.Module, spec: MLPSpec, terms: tuple) -> MLP:
     """A recognised module's parameters, found through its attributes."""
     weights, biases = [], []
-    for path, kind, weight_name, bias_path, bias_name in sites:
+    for path, kind, weight_name, bias_path, bias_name in [site for sites, _, _ in terms for site in sites]:
         module = _submodule(net, path)
         if kind == "spectral" and hasattr(module, "parametrizations"):
             chain = module.parametrizations.weight
@@ -111,11 +112,9 @@ def _read(net: nn.Module, spec: MLPSpec, columns: tuple[int, ...] | None, sites:
             weight = getattr(module, weight_name)
         weights.append(weight.flatten(1) if weight.dim() > 2 else weight)
         biases.append(None if bias_name is None else getattr(_submodule(net, bias_path), bias_name))
-    if columns is not None:
-        index = torch.tensor(columns, device=weights[0].device)
-        spread = weights[0].new_zeros(weights[0].shape[0], spec.widths[0])
-        weights[0] = spread.index_add(1, index, weights[0])
-    return MLP(spec, tuple(weights), tuple(biases))
+    device = weights[0].device
+    indices = [None if columns is None else torch.tensor(columns, device=device) for _, columns, _ in terms]
+    return assembled(spec, [(index, term[2]) for index, term in zip(indices, terms, strict=True)], weights, biases)
 
 
 def _submodule(net: nn.Module, path: str) -> nn.Module:

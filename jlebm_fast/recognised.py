@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .energy import EnergyLinear
 from .modes import capturing, chain_mode
-from .problem import MLP
+from .problem import MLP, MLPSpec
 from .spectral import top_singular_triple, top_singulars
-from .tracing import LinearSite, Structure
+from .structure import LinearSite, Structure
 
 _CPU = torch.device("cpu")
 
@@ -98,20 +98,24 @@ def _plain_weight(layer: Layer) -> Tensor | None:
 
 
 class Recognised:
-    """A module known to be an MLP: its structure, and how to read its parameters."""
+    """A module known to be an MLP, or a sum of such: its structure, and how to read its parameters."""
 
     def __init__(self, net: nn.Module, structure: Structure) -> None:
-        self.spec = structure.spec
-        self.columns, self.context_dim = structure.columns, structure.context_dim
-        self.layers = [Layer(net, site) for site in structure.sites]
-        sites = tuple([(s.path, s.kind, s.weight, s.bias_path, s.bias) for s in structure.sites])
-        self.plain = (structure.spec, structure.columns, sites)
+        self.spec, self.terms, self.context_dim = structure.spec, structure.terms, structure.context_dim
+        self.layers = [Layer(net, site) for term in structure.terms for site in term.sites]
+        terms = [
+            (tuple([(s.path, s.kind, s.weight, s.bias_path, s.bias) for s in term.sites]), term.columns, term.scale)
+            for term in structure.terms
+        ]
+        self.plain = (structure.spec, tuple(terms))
         self._places = self._parameter_places()
-        self._column_index: dict[torch.device, Tensor] = {}  # made once: a copy to a GPU waits for it
+        self._columns: dict[torch.device, list[Tensor | None]] = {}  # made once: a copy to a GPU waits for it
 
     def _parameter_places(self) -> tuple[list[tuple], list[tuple]] | None:
         """(weakly the owner, name) of each weight and bias, where the net is nothing but its parameters."""
-        if self.columns is not None or any(layer.kind != "parameter" for layer in self.layers):
+        if len(self.terms) > 1 or self.terms[0].columns is not None:
+            return None
+        if any(layer.kind != "parameter" for layer in self.layers):
             return None
         weights = [(layer.owner, layer.weight_name) for layer in self.layers]
         if any(owner()._parameters[name].dim() != 2 for owner, name in weights):
@@ -134,27 +138,67 @@ class Recognised:
     def mlp(self, sign: float = 1.0, context: Tensor | None = None) -> MLP:
         """The energy times sign under a condition [chains, context_dim], with the parameters of this moment."""
         weights = effective_weights(self.layers)
-        context_bias = None
-        if self.columns is not None:
-            device = weights[0].device
-            if device not in self._column_index:
-                self._column_index[device] = torch.tensor(self.columns, device=device)
-            weights[0], of_context = spread_columns(
-                weights[0], self._column_index[device], self.spec.dim, self.context_dim
-            )
-            if context is not None:
-                context_bias = context.detach().to(of_context.dtype) @ of_context.t()
-        spec = self.spec if sign == 1.0 else self.spec.negated
-        return MLP(
-            spec,
-            tuple([w.contiguous() for w in weights]),
-            tuple([layer.bias() for layer in self.layers]),
-            context_bias,
-        )
+        biases = [layer.bias() for layer in self.layers]
+        device = weights[0].device
+        if device not in self._columns:
+            self._columns[device] = [term.columns_on(device) for term in self.terms]
+        terms = [(columns, term.scale) for columns, term in zip(self._columns[device], self.terms, strict=True)]
+        return assembled(self.spec if sign == 1.0 else self.spec.negated, terms, weights, biases, context)
 
     def converged_buffers(self) -> dict[str, Tensor]:
         """Buffers with which the module's own forward is the energy of a chain."""
         return {name: buffer for layer in self.layers for name, buffer in layer.converged_buffers().items()}
+
+
+def assembled(
+    spec: MLPSpec,
+    terms: Sequence[tuple[Tensor | None, float]],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    context: Tensor | None = None,
+) -> MLP:
+    """One network of the layers of all terms, which follow each other in `weights` [out, in] and `biases`.
+
+    terms      columns, as int64 on the weights' device, and scale of each (`structure.Term`)
+    context    [chains, context_dim] or None
+
+    Of several terms the layers stand side by side: W_1 below each other, W_2 … W_L as blocks of a diagonal, the last
+    ones in a row, each times its scale.
+    """
+    n_layers = spec.n_hidden + 1
+    context_dim = 0 if context is None else context.shape[1]
+    weights, firsts, of_context = list(weights), [], []
+    for number, (columns, _) in enumerate(terms):
+        first = weights[number * n_layers]
+        if columns is not None:
+            first, beside = spread_columns(first, columns, spec.dim, context_dim)
+            of_context.append(beside)
+        firsts.append(first)
+    context_bias = None
+    if context is not None:
+        context_bias = context.detach().to(firsts[0].dtype) @ torch.cat(of_context).t()
+    if len(terms) == 1:
+        weights[0] = firsts[0]
+        return MLP(spec, tuple([w.contiguous() for w in weights]), tuple(biases), context_bias)
+    scales = [scale for _, scale in terms]
+    middle = [torch.block_diag(*weights[i::n_layers]) for i in range(1, n_layers - 1)]
+    last = torch.cat([scale * w for scale, w in zip(scales, weights[n_layers - 1 :: n_layers], strict=True)], 1)
+    together = [_joined_biases(biases[i::n_layers], weights[i::n_layers]) for i in range(n_layers - 1)]
+    offsets = [s * b for s, b in zip(scales, biases[n_layers - 1 :: n_layers], strict=True) if b is not None]
+    return MLP(
+        spec,
+        (torch.cat(firsts), *middle, last),
+        (*together, torch.stack(offsets).sum(0) if offsets else None),
+        context_bias,
+    )
+
+
+def _joined_biases(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+    """The biases of one layer of all terms, zeros where a term has none; None if none has any."""
+    if all(bias is None for bias in biases):
+        return None
+    pairs = zip(biases, weights, strict=True)
+    return torch.cat([weight.new_zeros(weight.shape[0]) if bias is None else bias for bias, weight in pairs])
 
 
 def spread_columns(weight: Tensor, index: Tensor, dim: int, context_dim: int = 0) -> tuple[Tensor, Tensor]:

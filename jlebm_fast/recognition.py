@@ -34,8 +34,9 @@ from .latents import LatentLayout
 from .modes import chain_mode
 from .ops import check_spec
 from .problem import MLP
-from .recognised import Layer, Recognised, effective_weights, spread_columns
-from .tracing import Label, Structure, Tracer, Untraceable, structure_of
+from .recognised import Layer, Recognised, assembled, effective_weights
+from .structure import Label, Structure, Untraceable, structure_of
+from .tracing import Tracer
 from .watching import HOOKS_OF_ALL, Guards, foreign_hook, numbers_of
 
 # what a forward in float64 on a foreign batch may legitimately raise; anything else is the user's to see
@@ -115,7 +116,7 @@ def _trace(
     try:
         with tracer:
             output = net(z, **options)
-        structure, linears = structure_of(tracer, output)
+        structure, linears = structure_of(tracer.label_of(output), chains, dim, context_dim)
         check_spec(structure.spec)
         (expected_grad,) = torch.autograd.grad(output.sum(), flat, allow_unused=True)
     except _FORWARD_ERRORS as error:
@@ -123,16 +124,17 @@ def _trace(
     finally:
         tracer.remove_hooks()
     with torch.no_grad():
-        weights, context_bias = [linear.weight for linear in linears], None
-        if structure.columns is not None:
-            index = torch.tensor(structure.columns, device=device)
-            weights[0], of_context = spread_columns(weights[0], index, dim, context_dim)
-            context_bias = context @ of_context.t() if context_dim else None
-        biases = tuple(linear.bias for linear in linears)
-        value, grad = eager.mlp_energy_grad(flat, MLP(structure.spec, tuple(weights), biases, context_bias))
+        mlp = assembled(
+            structure.spec,
+            [(term.columns_on(device), term.scale) for term in structure.terms],
+            [linear.weight for linear in linears],
+            [linear.bias for linear in linears],
+            context if context_dim else None,
+        )
+        value, grad = eager.mlp_energy_grad(flat, mlp)
         if expected_grad is None or not (_close(value, output.reshape(-1)) and _close(grad, expected_grad)):
             raise Untraceable("the MLP read out of its forward does not reproduce its value and gradient")
-        layers = [Layer(net, site) for site in structure.sites]
+        layers = [Layer(net, linear.site) for linear in linears]
         for linear, layer, weight in zip(linears, layers, effective_weights(layers), strict=True):
             if layer.kind == "spectral" and not isinstance(layer.owner(), EnergyLinear):
                 # an unconverged norm differs by a factor, and only by that; an EnergyMLP's is always converged
@@ -288,6 +290,13 @@ class EnergySource:
     def reason(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> str:
         found = self.found(layout, {"context": context, "y": y}, flat)
         return found.reason if isinstance(found, Unrecognised) else ""
+
+    def n_terms(self, flat: Tensor, layout: LatentLayout, context: object) -> int:
+        """Of how many networks a recognised module is the sum."""
+        if is_plain_energy_mlp(self.net):
+            return 1
+        found = self.found(layout, {"context": context}, flat)
+        return len(found.terms) if isinstance(found, Recognised) else 1
 
     def examinations(self, layout: LatentLayout, context: object) -> tuple[int, str | None]:
         """How often the module was examined for such latents, and what had changed before the latest time."""

@@ -9,9 +9,8 @@ A trace is a conjecture: `recognition.py` tests it numerically before it is used
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .energy import EnergyLinear
-from .problem import MLPSpec
 from .snapshots import MOST_ENTRIES
+from .structure import Label, Linear, LinearSite, Untraceable
 
 # fmt: off
 _REARRANGING = frozenset((
@@ -29,6 +28,8 @@ _REARRANGING = frozenset((
     "flatten", "unflatten", "getitem", "narrow", "split", "chunk", "tensor_split", "unbind", "permute", "transpose",
     "t", "T", "mT", "swapaxes", "swapdims", "movedim", "select", "index_select", "view_as", "reshape_as", "ravel",
 ))
+_JOINING = frozenset(("cat", "concat", "concatenate", "hstack", "column_stack", "stack", "vstack"))
+_ADDING = frozenset(("add", "radd", "iadd", "sub", "rsub", "isub", "subtract"))
 _KEEPING = frozenset((
     "contiguous", "clone", "to", "double", "type", "type_as", "detach", "data", "requires_grad", "alias",
 ))
@@ -48,68 +49,6 @@ _DEFAULTS = {"leaky_relu": 0.01, "elu": 1.0, "softplus": 1.0}
 _OF_UNKNOWN_ORIGIN = (
     "{} with the number {!r}, which is neither written in the module's code nor an attribute of it (int or float),"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearSite:
-    """Where a linear layer's parameters are found again: owner module (path) and parameter names.
-
-    kind   "parameter": read as it is; "spectral" (old or new style, or an EnergyMLP's own): divided by its converged
-           spectral norm; "weight_norm": the old style's hook computes it; "parametrized": the attribute computes it,
-           without state
-    """
-
-    path: str
-    kind: str
-    weight: str
-    bias_path: str
-    bias: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Structure:
-    """All of a recognised module except its parameters: hashable, comparable."""
-
-    spec: MLPSpec
-    sites: tuple[LinearSite, ...]
-    columns: tuple[int, ...] | None  # coordinate of (z, context) behind each input of the first layer; None: z in order
-    context_dim: int = 0  # coordinates of the condition, which follow those of z
-
-
-class Untraceable(Exception):
-    """Why a module is no MLP, in words for the user."""
-
-
-class Linear(NamedTuple):
-    """A linear layer met on the way: where it is, and the very tensors it used."""
-
-    site: LinearSite
-    weight: Tensor
-    bias: Tensor | None
-
-
-class Label(NamedTuple):
-    """What a tensor holds.
-
-    entries   int64, shape of the tensor: chain * n_features + feature
-    linears   the layers passed so far
-    post      (activation, parameter) applied after the last of them, one entry per layer but possibly the last
-    head      "logsumexp" once reduced
-    factor    scale applied since
-    unknown   why this is nothing we know; the rest is meaningless then
-    """
-
-    entries: Tensor | None = None
-    linears: tuple[Linear, ...] = ()
-    post: tuple[tuple[str, float], ...] = ()
-    head: str | None = None
-    factor: float = 1.0
-    unknown: str | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Unscaled and unreduced: something a layer or an activation may take."""
-        return self.head is None and self.factor == 1.0
 
 
 class Tracer(TorchFunctionMode):
@@ -132,7 +71,6 @@ class Tracer(TorchFunctionMode):
         super().__init__()
         self.net, self.chains, self.dim, self.device, self.numbers = net, chains, dim, device, numbers
         self.context_dim = context_dim
-        self.columns: tuple[int, ...] = ()
         self.labels: dict[int, tuple[Tensor, Label]] = {}
         self.refused: str | None = None
         self._stack: list[tuple[str, nn.Module]] = []
@@ -162,6 +100,21 @@ class Tracer(TorchFunctionMode):
     def get(self, tensor: object) -> Label | None:
         found = self.labels.get(id(tensor)) if isinstance(tensor, Tensor) else None
         return None if found is None else found[1]
+
+    def label_of(self, output: object) -> Label:
+        """The label of what the module returned.
+
+        Raises:
+            Untraceable: the module did what no MLP does, or its output has no label.
+        """
+        label = self.get(output)
+        if self.refused is not None:
+            raise Untraceable(self.refused)
+        if label is None:
+            raise Untraceable("its output is not a tensor that torch operations computed from z")
+        if label.unknown is not None:
+            raise Untraceable(label.unknown)
+        return label
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -194,7 +147,7 @@ class Tracer(TorchFunctionMode):
         elif name in _REARRANGING:
             self._rearrange(name, func, args, kwargs, inputs, result)
         else:
-            label = self._step(name, args, kwargs, inputs, outputs)
+            label = self._step(name, func, args, kwargs, inputs, outputs)
             for output in outputs:
                 self.put(output, label)
         return result
@@ -230,12 +183,15 @@ class Tracer(TorchFunctionMode):
         self, name: str, func: Callable[..., Any], args: tuple, kwargs: dict, inputs: list[Label], result: Any
     ) -> None:
         first = inputs[0]
-        same = all(label._replace(entries=None) == first._replace(entries=None) for label in inputs)
+        same = all(label.kind == first.kind for label in inputs)
         # in-place forms would disturb the entries that other tensors still refer to
         entries_of = lambda leaf: leaf if (label := self.get(leaf)) is None else label.entries.clone()  # noqa: E731
         leaves = tree_leaves((args, kwargs))
         leaves += [end for leaf in leaves if isinstance(leaf, slice) for end in (leaf.start, leaf.stop, leaf.step)]
         refused = None
+        if not same and name in _JOINING and all(map(self._is_summand, inputs)):
+            self._join(func, args, kwargs, result)
+            return
         if not same:
             refused = f"{name} joins different things"
         elif any(isinstance(leaf, (Tensor, np.ndarray)) and self.get(leaf) is None for leaf in leaves):
@@ -252,11 +208,79 @@ class Tracer(TorchFunctionMode):
         for output, numbers in zip(outputs, tree_leaves(entries), strict=True):
             self.put(output, first._replace(entries=numbers))
 
-    def _step(self, name: str, args: tuple, kwargs: dict, inputs: list[Label], outputs: list[Tensor]) -> Label:
+    def _is_summand(self, label: Label) -> bool:
+        """Whether it is one number per chain that a sum of networks may take."""
+        if label.stacked or label.entries.numel() != self.chains:
+            return False
+        if not torch.equal(label.entries.reshape(-1), self._in_order(1)[:, 0]):
+            return False
+        one_logit = label.linears and label.linears[-1].weight.shape[0] == 1
+        return bool(label.terms or (one_logit and len(label.post) < len(label.linears)))
+
+    def _join(self, func: Callable[..., Any], args: tuple, kwargs: dict, result: Tensor) -> None:
+        """Label networks that are stacked or concatenated, to be added by what follows."""
+        terms: list[Label] = []
+
+        def entries_of(leaf: object) -> object:
+            label = self.get(leaf)
+            if label is None:
+                return leaf
+            terms.append(label)
+            return label.entries + (len(terms) - 1) * self.chains
+
+        entries = func(*tree_map(entries_of, args), **tree_map(entries_of, kwargs))
+        self.put(result, Label(entries, terms=tuple(terms), stacked=True))
+
+    def _reduce(
+        self, func: Callable[..., Any], label: Label, args: tuple, kwargs: dict, output: Tensor
+    ) -> Label | None:
+        """The label of a sum or mean over stacked networks; None where it is over anything else."""
+        if output.numel() != self.chains:
+            return None
+        result_of = lambda t: func(*tree_map(lambda x: t if self.get(x) is label else x, args), **kwargs)  # noqa: E731
+        shares = [result_of((label.entries // self.chains == t).double()) for t in range(len(label.terms))]
+        chains = result_of((label.entries % self.chains).double()) / sum(shares)
+        share = float(shares[0].reshape(-1)[0])
+        # each network once, its chains where they were
+        if any(bool((other != share).any()) for other in shares) or not torch.equal(
+            chains.round().long().reshape(-1), self._in_order(1)[:, 0]
+        ):
+            return None
+        return self._sum_of([(term, share * label.factor) for term in label.terms], output)
+
+    def _sum_of(self, scaled: list[tuple[Label, float]], output: Tensor) -> Label:
+        """The label of a sum of networks and of sums of such, each with its factor."""
+        terms: list[Label] = []
+        for label, factor in scaled:
+            factor = factor * label.factor
+            terms += [inner._replace(factor=inner.factor * factor) for inner in label.terms] or [
+                label._replace(factor=factor)
+            ]
+        return Label(self._in_order(1).view(output.shape), terms=tuple(terms))
+
+    def _added(self, name: str, args: tuple, kwargs: dict, inputs: list[Label], output: Tensor) -> Label:
+        numbers = [arg for arg in args if isinstance(arg, (int, float))]
+        if len(inputs) == 1 and numbers == [0] and self._known(numbers[0]):  # as sum() starts
+            return inputs[0]._replace(factor=-inputs[0].factor) if name == "rsub" else inputs[0]
+        if len(inputs) != 2 or kwargs or any(label.entries.numel() != self.chains for label in inputs):
+            return self._unknown(f"{name} is not an operation of an MLP")
+        if output.numel() != self.chains or not all(map(self._is_summand, inputs)):
+            return self._unknown(f"{name} of networks that have more than one logit or a head, or other chains,")
+        signs = {"sub": (1.0, -1.0), "subtract": (1.0, -1.0), "rsub": (-1.0, 1.0)}.get(name, (1.0, 1.0))
+        return self._sum_of(list(zip(inputs, signs, strict=True)), output)
+
+    def _step(
+        self, name: str, func: Callable[..., Any], args: tuple, kwargs: dict, inputs: list[Label], outputs: list[Tensor]
+    ) -> Label:
         """The label after an operation that is not a mere rearrangement."""
         label = inputs[0]
         if len(inputs) == 1 and name in _KEEPING:
             return label
+        if len(inputs) == 1 and name in ("sum", "mean") and label.stacked:
+            reduced = self._reduce(func, label, args, kwargs, outputs[0])
+            return reduced or self._unknown(f"{name} of something else than all of the networks that were stacked")
+        if name in _ADDING:
+            return self._added(name, args, kwargs, inputs, outputs[0])
         if len(inputs) == 1 and name in ("sum", "mean") and outputs[0].numel() == label.entries.numel():
             return label._replace(entries=label.entries.reshape(outputs[0].shape))
         if name in ("linear", "conv2d") and self.get(args[0]) is label and len(inputs) == 1:
@@ -288,11 +312,11 @@ class Tracer(TorchFunctionMode):
             return label._replace(factor=-label.factor)
         if len(inputs) == 2 and name in ("mul", "multiply"):
             a, b = sorted(inputs, key=lambda entry: len(entry.post))
-            swish = a.plain and b.plain and a.linears == b.linears and b.post == (*a.post, ("sigmoid", 0.0))
+            swish = a.plain and b.plain and b.kind == a._replace(post=(*a.post, ("sigmoid", 0.0))).kind
             if swish and torch.equal(a.entries, b.entries):
                 return a._replace(post=(*a.post, ("silu", 0.0)))
         numbers = [arg for arg in args if isinstance(arg, (int, float))]
-        if len(inputs) != 1 or len(numbers) != 1 or not label.linears:
+        if len(inputs) != 1 or len(numbers) != 1 or not (label.linears or label.terms):
             return self._unknown(f"{name} with a tensor, or of z itself,")
         if not self._known(numbers[0]):
             return self._unknown(_OF_UNKNOWN_ORIGIN.format(name, numbers[0]))
@@ -340,10 +364,8 @@ class Tracer(TorchFunctionMode):
             return self._unknown(site)
         linear = Linear(site, weight.detach(), None if bias is None else bias.detach())
         shape = (self.chains, weight.shape[0]) if name == "linear" else (self.chains, weight.shape[0], 1, 1)
-        if not label.linears:
-            # the first layer's columns travel with it: which coordinate of z or the condition each input is
-            self.columns = tuple(entries[0].tolist())
-        return Label(self._in_order(weight.shape[0]).view(shape), (*label.linears, linear), post)
+        columns = label.columns if label.linears else tuple(entries[0].tolist())
+        return Label(self._in_order(weight.shape[0]).view(shape), (*label.linears, linear), post, columns)
 
     def _site(self, weight: Tensor, bias: Tensor | None) -> LinearSite | str:
         """Where the parameters come from, or why that is not known."""
@@ -408,37 +430,3 @@ def _name(func: Callable[..., Any]) -> str:
     if name == "__get__":
         name = func.__self__.__name__
     return name.strip("_")
-
-
-def structure_of(tracer: Tracer, output: object) -> tuple[Structure, tuple[Linear, ...]]:
-    """The structure behind a module's output, and the layers with the tensors they used."""
-    label = tracer.get(output)
-    if tracer.refused is not None:
-        raise Untraceable(tracer.refused)
-    if label is None:
-        raise Untraceable("its output is not a tensor that torch operations computed from z")
-    if label.unknown is not None:
-        raise Untraceable(label.unknown)
-    linears, post, head = label.linears, label.post, label.head
-    if len(linears) < 2:
-        raise Untraceable("it has no hidden layer")
-    n_logits = linears[-1].weight.shape[0]
-    if head is None:
-        head, parameter = post[-1] if len(post) == len(linears) else ("identity", 0.0)
-        if head not in ("identity", "tanh", "sigmoid", "softplus") or (head == "softplus" and parameter != 1.0):
-            raise Untraceable(f"its last layer is followed by {head}, which is no output form")
-        if n_logits != 1 or label.entries.numel() != tracer.chains:
-            raise Untraceable(f"it returns {n_logits} logits per chain without a head (logsumexp)")
-    if not torch.equal(label.entries.reshape(-1), torch.arange(tracer.chains, device=tracer.device)):
-        raise Untraceable("its output is not in the order of the chains")
-    hidden = post[: len(linears) - 1]
-    spec = MLPSpec(
-        (tracer.dim, *(linear.weight.shape[0] for linear in linears)),
-        tuple(name for name, _ in hidden),
-        tuple(parameter for _, parameter in hidden),
-        head,
-        label.factor,
-    )
-    in_order = tracer.columns == tuple(range(tracer.dim)) and tracer.context_dim == 0
-    columns = None if in_order else tracer.columns
-    return Structure(spec, tuple(linear.site for linear in linears), columns, tracer.context_dim), linears
