@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings_records.h"
+#include "bindings_signals.h"
 #include "cpu/kernels.h"
 #include "cpu/spectral_norm.h"
 #include "cpu/threads.h"
@@ -57,8 +58,11 @@ void cpu_mlp_langevin_chain(int64_t chains, int64_t n_steps, Address z, const Ml
     p.chains = chains, p.n_steps = n_steps;
     p.z = held(z, "z"), p.out = at<float>(out);
     p.mlp = mlp, p.update = update, p.record = record;
-    const py::gil_scoped_release unlocked;
-    cpu_kernels().mlp_langevin_chain(p, n_threads);
+    try {
+        run_heeding_signals([&] { cpu_kernels().mlp_langevin_chain(p, n_threads); });
+    } catch (const RaisedBySignal& raised) {
+        std::rethrow_exception(raised.error);
+    }
 }
 
 std::vector<uint32_t> cpu_philox_words(int rounds, std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {

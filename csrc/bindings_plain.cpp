@@ -8,6 +8,7 @@
 #include <new>
 #include <type_traits>
 
+#include "bindings_signals.h"
 #include "bindings_tensors.h"
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
@@ -143,8 +144,7 @@ bool mlp_langevin_chain(py::handle z, py::handle mlp, py::handle update, py::han
         !result_of(result, thin, p, dim, end) || !end.same_shapes(begin))
         return false;
     if (p.chains == 0) return true;
-    const py::gil_scoped_release unlocked;
-    run_chain(p, begin, end, n_threads);
+    run_heeding_signals([&] { run_chain(p, begin, end, n_threads); });
     return true;
 }
 
@@ -223,6 +223,7 @@ Made made_chain(MlpLangevinChainParams& p, py::handle z, const Layers& begin, To
     }
 
     std::exception_ptr failed;
+    const HeedsSignals signals;
     {
         std::optional<py::gil_scoped_release> unlocked;
         const Meanwhile torch_makes([&] {
@@ -236,6 +237,7 @@ Made made_chain(MlpLangevinChainParams& p, py::handle z, const Layers& begin, To
         });
         if (p.chains > 0) cpu_kernels().mlp_langevin_chain(p, n_threads);
     }
+    signals.raise();
     if (failed) std::rethrow_exception(failed);
     if (aside) {
         if (!end.read(made.end) || !end.same_shapes(begin)) return {};
@@ -350,6 +352,8 @@ auto plain(Arguments... arguments) -> decltype(operation(arguments...)) {
     if (!can_read_tensors()) return no();
     try {
         return operation(arguments...);
+    } catch (const RaisedBySignal& raised) {
+        std::rethrow_exception(raised.error);
     } catch (const py::builtin_exception&) {
         return no();
     } catch (const py::error_already_set&) {

@@ -143,9 +143,11 @@ def _gradient_check(
     y: Tensor | int | None,
 ) -> Check:
     value, grad = energy_and_grad(sampler.energy, z, context=context, y=y, backend=name)
-    found = sampler._source.found(layout, {"context": context, "y": y}, flat)
-    # a chain divides by the converged spectral norm (spectral.py), so that is what it is compared with
-    converged = found.converged_buffers() if isinstance(found, Recognised) else {}
+    converged: dict[str, Tensor] = {}
+    if not is_plain_energy_mlp(sampler._source.net):
+        # a chain divides by the converged spectral norm (spectral.py), so that is what it is compared with
+        found = sampler._source.found(layout, {"context": context, "y": y}, flat)
+        converged = found.converged_buffers() if isinstance(found, Recognised) else {}
     own = sampler._source.callable(converged)
     expected_value, expected_grad = AnyEnergy(own, layout, context, y, 1.0)(flat)
     error = max(_error(value, expected_value), _error(flatten_latents(grad)[0], expected_grad))

@@ -31,6 +31,9 @@ class ArenaStorage {
 public:
     ~ArenaStorage() { std::free(memory_); }
 
+    // its memory was reserved and not yet given back: by a call of this thread, amid which this one is made
+    bool taken() const { return taken_; }
+
     float* reserve(int64_t floats) {
         if (floats > capacity_) {
             std::free(memory_);
@@ -41,10 +44,12 @@ public:
             memory_ = static_cast<float*>(p);
             capacity_ = floats;
         }
+        taken_ = true;
         return memory_;
     }
 
-    void release_if_large() {
+    void give_back() {
+        taken_ = false;
         if (capacity_ > kArenaKeep) {
             std::free(memory_);
             memory_ = nullptr;
@@ -55,6 +60,7 @@ public:
 private:
     float* memory_ = nullptr;
     int64_t capacity_ = 0;
+    bool taken_ = false;
 };
 
 } // namespace JLEBM_TARGET

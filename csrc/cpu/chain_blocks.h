@@ -45,7 +45,10 @@ void run_blocks(const Params& p, int64_t n_steps, int n_threads) {
     const int64_t packed_size = packed_floats(p.mlp), few_size = few ? FewMlp::floats(p.mlp) : 0;
     int64_t block_size = Block<LanesOfChains<kWide>>::floats(p);
     if constexpr (kRepeats) block_size = std::max(block_size, Block<LanesOfFeatures<2>>::floats(p));
-    static thread_local ArenaStorage storage;
+    // a chain may be asked amid its work whether to give up, and who answers may run another one
+    static thread_local ArenaStorage reused;
+    ArenaStorage own;
+    ArenaStorage& storage = reused.taken() ? own : reused;
     float* const memory = storage.reserve(packed_size + few_size + block_size * schedule.workers());
     Arena weights(memory, packed_size);
     const PackedMlp packed = pack_mlp(p.mlp, weights);
@@ -67,7 +70,7 @@ void run_blocks(const Params& p, int64_t n_steps, int n_threads) {
         else
             run(Block<LanesOfChains<kWide>>(p, packed, nullptr, first, count, arena));
     });
-    storage.release_if_large();
+    storage.give_back();
 }
 
 } // namespace JLEBM_TARGET

@@ -24,7 +24,7 @@ void langevin_noise(const LangevinNoiseParams& p, int n_threads) {
         rows_from_lanes<1>(p.out + step * p.chains * p.dim, eps, p.dim, first,
                            int(std::min<int64_t>(kLanes, p.chains - first)));
     });
-    storage.release_if_large();
+    storage.give_back();
 }
 
 namespace {

@@ -31,7 +31,7 @@ void langevin_step(const LangevinStepParams& p, int n_threads) {
         update_block<1, false>(p.update, workspace, p.dim, noisy, z, grad, nullptr);
         rows_from_lanes<1>(p.out, z, p.dim, first, count);
     });
-    storage.release_if_large();
+    storage.give_back();
 }
 
 } // namespace JLEBM_TARGET

@@ -3,6 +3,7 @@
 //     z <- z + c_grad * grad f(z) + c_prior * ((mean - z) * precision + extra_grad) + c_noise * eps
 // Compiled once per target.
 #include "cpu/chain_blocks.h"
+#include "cpu/interrupt.h"
 #include "cpu/kernels_target.h"
 #include "cpu/record_lanes.h"
 #include "cpu/update_lanes.h"
@@ -34,7 +35,7 @@ public:
         update_.load_chains(p_.update, dim_, first_, count_);
         if (begin == 0) record_.begin();
 
-        for (int64_t step = begin; step < end; ++step) {
+        for (int64_t step = begin; step < end && !Interruptible::stops(); ++step) {
             update_.load_coefficients(p_.update, step);
             const bool noisy = update_.load_noise(p_.update, p_.chains, dim_, first_, count_, step);
             const bool kept = (step + 1) % p_.record.thin == 0;

@@ -188,7 +188,7 @@ void mlp_weight_grads(const MlpWeightGradsParams& p, int n_threads) {
         for (int unit = next.fetch_add(1); unit < grads.n_units(); unit = next.fetch_add(1))
             grads.run(unit, memory + shared + kUnit * kChunk * worker);
     });
-    storage.release_if_large();
+    storage.give_back();
 }
 
 } // namespace JLEBM_TARGET

@@ -61,12 +61,14 @@ thread_local const std::function<void()>* meanwhile = nullptr;
 struct Job {
     void (*task)(void*, int);
     void* context;
+    Interruptible* interruptible;
     std::atomic<int> left;
 };
 
 void work(void* p) {
     Job* job = static_cast<Job*>(p);
     Meanwhile::begin(); // only the calling thread has something
+    const Interruptible::Serving serving(job->interruptible);
     const FlushDenormals flush;
     for (int worker = job->left.fetch_sub(1) - 1; worker >= 0; worker = job->left.fetch_sub(1) - 1)
         job->task(job->context, worker);
@@ -87,7 +89,7 @@ void Meanwhile::begin() {
 }
 
 void run_workers(int n, void (*task)(void*, int), void* context) {
-    Job job{task, context, {n}};
+    Job job{task, context, Interruptible::current(), {n}};
     if (uses_openmp && runtime().parallel != nullptr) {
         runtime().parallel(work, &job, unsigned(n), 0);
         return;

@@ -7,6 +7,7 @@
 #include <functional>
 
 #include "cpu/denormals.h"
+#include "cpu/interrupt.h"
 
 namespace jlebm {
 

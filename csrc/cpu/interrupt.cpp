@@ -1,0 +1,53 @@
+#include "cpu/interrupt.h"
+
+#include <utility>
+
+namespace jlebm {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// short for a person who waits, long beside the wait for the interpreter's lock that a question may cost
+constexpr auto kBetweenQuestions = std::chrono::milliseconds(200);
+constexpr unsigned kStepsPerLookAtClock = 16; // a look takes some 30 ns, a step of a block microseconds
+
+struct Here {
+    Interruptible* work = nullptr;
+    bool began = false; // by this thread
+};
+thread_local Here here;
+
+} // namespace
+
+Interruptible::Interruptible(std::function<bool()> gives_up)
+    : gives_up_(std::move(gives_up)), next_(Clock::now() + kBetweenQuestions), before_(here.work),
+      began_before_(here.began) {
+    here = {this, true};
+}
+
+Interruptible::~Interruptible() { here = {before_, began_before_}; }
+
+Interruptible* Interruptible::current() { return here.work; }
+
+bool Interruptible::stops() {
+    Interruptible* const work = here.work;
+    if (work == nullptr) return false;
+    if (here.began) work->ask();
+    return work->stopped_.load(std::memory_order_relaxed);
+}
+
+void Interruptible::ask() {
+    if (++steps_ % kStepsPerLookAtClock || stopped_.load(std::memory_order_relaxed)) return;
+    const auto now = Clock::now();
+    if (now < next_) return;
+    if (gives_up_()) stopped_.store(true, std::memory_order_relaxed);
+    next_ = Clock::now() + kBetweenQuestions;
+}
+
+Interruptible::Serving::Serving(Interruptible* work) : before_(here.work), began_before_(here.began) {
+    if (work != here.work) here = {work, false};
+}
+
+Interruptible::Serving::~Serving() { here = {before_, began_before_}; }
+
+} // namespace jlebm
