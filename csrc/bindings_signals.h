@@ -1,16 +1,12 @@
 // Long calls heed signals: Ctrl-C, and whatever else has a handler in Python.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <exception>
-#include <utility>
 
+#include "bindings_records.h"
 #include "cpu/interrupt.h"
 
 namespace jlebm {
-
-namespace py = pybind11;
 
 // What a signal's handler raised amid a kernel; it is the caller's to see, whatever else may be caught on the way.
 struct RaisedBySignal {

@@ -15,6 +15,7 @@ from PIL import Image
 from jlebm_fast.models import MODELS, LatentModel
 from jlebm_fast.training import figures
 from jlebm_fast.training.figures import DPI, Panel, Sketch, draw_panels, save_figure
+from jlebm_fast.training.files import whole_file
 from jlebm_fast.training.run_folder import open_run
 from jlebm_fast.training.sources import Images, to_network, to_pixels
 
@@ -37,7 +38,9 @@ class Drawing(NamedTuple):
     def shrink(self) -> None:
         """Rewrites the file with few colours: a third of the size, and grey digits look the same."""
         with Image.open(self.path) as image:
-            image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(self.path, optimize=True)
+            fewer = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        with whole_file(self.path) as file:
+            fewer.save(file, format="PNG", optimize=True)
 
 
 def _sketch(place: Place, cell: Cell, images: Images, prefix: str) -> Sketch:

@@ -7,7 +7,6 @@ a file runs no code, so a run folder from a stranger is safe to open.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -17,31 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import CheckpointError
+from .files import write_atomically
 
 TENSOR_MARK = "__tensor__"  # stands in the JSON text where a tensor was
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Puts `content` at `path` so that a kill or a power cut leaves the old file or the new one, never a piece.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the old file stays.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def save_checkpoint(path: pathlib.Path, state: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from jlebm_fast.models import LatentModel
 
-from .checkpoints import write_atomically
 from .diagnostics import LONG_STEPS, Histogram, bias, energy_of, mixing
 from .errors import ImageError, RunError
 from .figures import DPI, save_figure
+from .files import write_atomically
 from .frechet import frechet_to_held_out
 from .inception import inception_fid, require_inception
 from .run_folder import RunFolder, open_run

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jlebm_fast.models import LatentModel
 
+from .files import whole_file
 from .run_folder import RunConfig, RunFolder, open_run
 from .sources import load_images, to_network, to_pixels
 
@@ -70,7 +71,8 @@ def save_figure(figure: Figure, path: pathlib.Path) -> None:
     """Writes a figure as a PNG, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)  # no window system needed
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.05)
 
 
 def make_figures(

@@ -198,7 +198,9 @@ def _run(trainer: Trainer, metrics: Any, stop_requested: list[int]) -> None:
         state = trainer.state(metrics.seek(0, os.SEEK_END))
         if ranks.is_first:
             save_checkpoint(folder.checkpoint, state)
+        saved.append(trainer.step)
 
+    saved = [trainer.step] if trainer.step else []
     try:
         if trainer.step == 0:
             checkpoint()
@@ -227,6 +229,15 @@ def _run(trainer: Trainer, metrics: Any, stop_requested: list[int]) -> None:
             f"training diverged at step {trainer.step + 1}: {error}; the last good checkpoint is kept in "
             f'"{folder.checkpoint}" (a run begun anew with a smaller --energy-lr or --autoencoder-lr usually helps)',
             shared=True,
+        ) from error
+    except BrokenPipeError:  # of the terminal or a pipe behind the progress bar, not of a file
+        raise
+    except OSError as error:
+        kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint could be written yet"
+        then = f"then jlebm train {folder.path} --resume goes on" if saved else "then begin again"
+        raise RunError(
+            f'training ended at step {trainer.step}, "{folder.path}" cannot be written to: {error.strerror or error}; '
+            f"{kept}: make room, {then}"
         ) from error
 
 

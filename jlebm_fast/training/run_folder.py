@@ -15,8 +15,9 @@ import torch
 from jlebm_fast.models import MODELS, LatentModel, build
 
 from .averaging import put_parameters
-from .checkpoints import load_checkpoint, write_atomically
+from .checkpoints import load_checkpoint
 from .errors import CheckpointError, RunError
+from .files import write_atomically
 from .options import TrainOptions
 from .read_fields import require_fields
 from .sources import Images

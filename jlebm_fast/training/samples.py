@@ -10,6 +10,7 @@ from PIL import Image
 
 from .errors import RunError
 from .figures import tile
+from .files import whole_file
 from .run_folder import open_run
 from .sources import to_pixels
 
@@ -59,8 +60,10 @@ def sample_run(
     pixels = to_pixels(model.decode(zs))
     images = pixels.permute(0, 2, 3, 1).numpy()
     images = images[..., 0] if images.shape[-1] == 1 else images
-    np.savez(out / "samples.npz", images=images, z=torch.cat(zs, dim=1).cpu().numpy())
-    Image.fromarray(tile(pixels[:PREVIEW], columns=10)).save(out / "samples.png")
+    with whole_file(out / "samples.npz") as file:
+        np.savez(file, images=images, z=torch.cat(zs, dim=1).cpu().numpy())
+    with whole_file(out / "samples.png") as file:
+        Image.fromarray(tile(pixels[:PREVIEW], columns=10)).save(file, format="PNG")
     if png_files:
         (out / "png").mkdir(exist_ok=True)
         for i, image in enumerate(images):

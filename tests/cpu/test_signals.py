@@ -20,6 +20,7 @@ import signal, sys, threading
 import torch
 import jlebm_fast as jf
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process would ignore it
 torch.set_num_threads({threads})
 torch.manual_seed(0)
 layers = [torch.randn({chains}, 6), torch.randn({chains}, 10)]

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jlebm_fast.training import checkpoints
 from jlebm_fast.training.checkpoints import load_checkpoint, save_checkpoint
 from jlebm_fast.training.errors import CheckpointError
 
@@ -60,7 +59,7 @@ def test_a_death_while_writing_keeps_the_old_file(tmp_path, monkeypatch, moment)
     def die(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.os, moment, die)
+    monkeypatch.setattr(os, moment, die)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path / "c", {"step": 2})
     monkeypatch.undo()
