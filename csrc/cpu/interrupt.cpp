@@ -9,7 +9,6 @@ using Clock = std::chrono::steady_clock;
 
 // short for a person who waits, long beside the wait for the interpreter's lock that a question may cost
 constexpr auto kBetweenQuestions = std::chrono::milliseconds(200);
-constexpr unsigned kStepsPerLookAtClock = 16; // a look takes some 30 ns, a step of a block microseconds
 
 struct Here {
     Interruptible* work = nullptr;
@@ -37,9 +36,7 @@ bool Interruptible::stops() {
 }
 
 void Interruptible::ask() {
-    if (++steps_ % kStepsPerLookAtClock || stopped_.load(std::memory_order_relaxed)) return;
-    const auto now = Clock::now();
-    if (now < next_) return;
+    if (stopped_.load(std::memory_order_relaxed) || Clock::now() < next_) return;
     if (gives_up_()) stopped_.store(true, std::memory_order_relaxed);
     next_ = Clock::now() + kBetweenQuestions;
 }

@@ -17,7 +17,7 @@ public:
     Interruptible(const Interruptible&) = delete;
     Interruptible& operator=(const Interruptible&) = delete;
 
-    // what a worker asks before every step: whether to leave it undone
+    // what a worker asks now and then before a step: whether to leave it and all others undone
     static bool stops();
 
     // of the work that this thread does at the moment; null: it ends when it is done
@@ -42,7 +42,6 @@ private:
     const std::function<bool()> gives_up_;
     std::atomic<bool> stopped_{false};
     std::chrono::steady_clock::time_point next_;
-    unsigned steps_ = 0;
     Interruptible* const before_;
     const bool began_before_;
 };

@@ -12,6 +12,10 @@ namespace jlebm {
 namespace JLEBM_TARGET {
 namespace {
 
+// A look costs some 50 ns, and a step of a block a few microseconds; where one takes a millisecond, 16 are soon over
+// too.
+constexpr int64_t kStepsBetweenLooks = 16;
+
 template <class Lanes>
 class ChainBlock {
     static constexpr int V = Lanes::kVectors;
@@ -35,7 +39,8 @@ public:
         update_.load_chains(p_.update, dim_, first_, count_);
         if (begin == 0) record_.begin();
 
-        for (int64_t step = begin; step < end && !Interruptible::stops(); ++step) {
+        for (int64_t step = begin; step < end; ++step) {
+            if ((step - begin) % kStepsBetweenLooks == 0 && Interruptible::stops()) break;
             update_.load_coefficients(p_.update, step);
             const bool noisy = update_.load_noise(p_.update, p_.chains, dim_, first_, count_, step);
             const bool kept = (step + 1) % p_.record.thin == 0;
