@@ -1,5 +1,6 @@
 #include "cpu/interrupt.h"
 
+#include <thread>
 #include <utility>
 
 namespace jlebm {
@@ -9,6 +10,7 @@ using Clock = std::chrono::steady_clock;
 
 // short for a person who waits, long beside the wait for the interpreter's lock that a question may cost
 constexpr auto kBetweenQuestions = std::chrono::milliseconds(200);
+constexpr auto kBetweenGlances = std::chrono::microseconds(200); // at whether the others are done
 
 struct Here {
     Interruptible* work = nullptr;
@@ -19,7 +21,7 @@ thread_local Here here;
 } // namespace
 
 Interruptible::Interruptible(std::function<bool()> gives_up)
-    : gives_up_(std::move(gives_up)), next_(Clock::now() + kBetweenQuestions), before_(here.work),
+    : gives_up_(std::move(gives_up)), begun_(Clock::now()), next_(begun_ + kBetweenQuestions), before_(here.work),
       began_before_(here.began) {
     here = {this, true};
 }
@@ -33,6 +35,15 @@ bool Interruptible::stops() {
     if (work == nullptr) return false;
     if (here.began) work->ask();
     return work->stopped_.load(std::memory_order_relaxed);
+}
+
+void Interruptible::wait_for(const std::atomic<int>& left) {
+    Interruptible* const work = here.work;
+    if (work == nullptr || !here.began || Clock::now() < work->begun_ + kBetweenQuestions) return;
+    while (left.load(std::memory_order_acquire) > 0) {
+        work->ask();
+        std::this_thread::sleep_for(kBetweenGlances);
+    }
 }
 
 void Interruptible::ask() {

@@ -20,6 +20,10 @@ public:
     // what a worker asks now and then before a step: whether to leave it and all others undone
     static bool stops();
 
+    // The thread that began the work and has done its own share: waits for what the others have left, and goes on
+    // asking. It returns at once where the work has been short: then the others will be done soon.
+    static void wait_for(const std::atomic<int>& left);
+
     // of the work that this thread does at the moment; null: it ends when it is done
     static Interruptible* current();
 
@@ -41,7 +45,8 @@ private:
 
     const std::function<bool()> gives_up_;
     std::atomic<bool> stopped_{false};
-    std::chrono::steady_clock::time_point next_;
+    const std::chrono::steady_clock::time_point begun_;
+    std::chrono::steady_clock::time_point next_; // question
     Interruptible* const before_;
     const bool began_before_;
 };

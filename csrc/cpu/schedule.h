@@ -125,10 +125,12 @@ private:
                         block.taken = true;
                     }
                 }
-                if (mine >= 0)
+                if (mine >= 0) {
                     run_piece(next);
-                else
-                    std::this_thread::yield(); // every unfinished block is being computed
+                } else {                    // every unfinished block is being computed
+                    Interruptible::stops(); // who has begun the work goes on asking
+                    std::this_thread::yield();
+                }
             }
         });
     }

@@ -62,7 +62,8 @@ struct Job {
     void (*task)(void*, int);
     void* context;
     Interruptible* interruptible;
-    std::atomic<int> left;
+    std::atomic<int> left;   // to be begun
+    std::atomic<int> undone; // begun or not
 };
 
 void work(void* p) {
@@ -70,8 +71,11 @@ void work(void* p) {
     Meanwhile::begin(); // only the calling thread has something
     const Interruptible::Serving serving(job->interruptible);
     const FlushDenormals flush;
-    for (int worker = job->left.fetch_sub(1) - 1; worker >= 0; worker = job->left.fetch_sub(1) - 1)
+    for (int worker = job->left.fetch_sub(1) - 1; worker >= 0; worker = job->left.fetch_sub(1) - 1) {
         job->task(job->context, worker);
+        job->undone.fetch_sub(1, std::memory_order_release);
+    }
+    Interruptible::wait_for(job->undone);
 }
 
 } // namespace
@@ -89,7 +93,7 @@ void Meanwhile::begin() {
 }
 
 void run_workers(int n, void (*task)(void*, int), void* context) {
-    Job job{task, context, Interruptible::current(), {n}};
+    Job job{task, context, Interruptible::current(), {n}, {n}};
     if (uses_openmp && runtime().parallel != nullptr) {
         runtime().parallel(work, &job, unsigned(n), 0);
         return;

@@ -125,3 +125,22 @@ print("equal:", torch.equal(ends[0], undisturbed), len(seen) > 0)
 def test_chains_of_other_threads_go_on():
     out, err = run(OTHER_THREAD, "usual", n_steps=50_000).communicate(timeout=300)
     assert "equal: True True" in out, out + err
+
+
+SELDOM = """
+import time
+asked = []
+signal.signal(signal.SIGALRM, lambda *_: asked.append(time.monotonic()))
+begin = time.monotonic()
+signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+CALL
+signal.setitimer(signal.ITIMER_REAL, 0)
+end = time.monotonic()
+print(max(b - a for a, b in zip([begin, *asked], [*asked, end])) / (end - begin))
+"""
+
+
+def test_who_is_done_first_goes_on_asking():
+    # 17 chains are two blocks of very different cost, and each a worker's
+    out, err = run(SELDOM, "usual", chains=17, n_steps=600_000).communicate(timeout=300)
+    assert float(out) < 0.5, out + err
