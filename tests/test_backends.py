@@ -160,6 +160,12 @@ def test_a_wrong_kernel_fails_the_certificate(monkeypatch):
     assert "certificate: FAILED" in str(certificate)
 
 
+def test_an_energy_mlp_is_not_examined_as_somebodys_module():
+    f, z = jf.EnergyMLP(4, 8, 1), torch.randn(5, 4)
+    jf.FastLangevin(f).sample(z)
+    assert "examined" not in jf.verify(f, z, show=False).explanation
+
+
 def test_verify_needs_to_know_the_latents():
     with pytest.raises(ValueError, match="z must be given"):
         jf.verify(lambda z: z.sum(1))
