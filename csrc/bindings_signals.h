@@ -22,8 +22,7 @@ struct RaisedBySignal {
     std::exception_ptr error;
 };
 
-// Where Python runs handlers. Others never ask: at the end of the interpreter its lock ends the thread that asks for
-// it.
+// Where Python runs handlers. Others never ask: the interpreter's lock, at its end, ends the thread that wants it.
 inline bool is_main_thread() {
 #if defined(__linux__)
     static thread_local const bool is = syscall(SYS_gettid) == getpid();

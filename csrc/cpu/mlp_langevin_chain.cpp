@@ -12,8 +12,7 @@ namespace jlebm {
 namespace JLEBM_TARGET {
 namespace {
 
-// A look costs some 50 ns, and a step of a block a few microseconds; where one takes a millisecond, 16 are soon over
-// too.
+// Few enough to be soon over where a step takes long, and enough to hide the look at a clock where it does not.
 constexpr int64_t kStepsBetweenLooks = 16;
 
 template <class Lanes>

@@ -25,7 +25,10 @@ def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # of a full disk it does not say where
+    except OSError as error:
+        if error.errno is None:  # not the system's: a TimeoutError that somebody raised
+            raise
+        # of a full disk it does not say where
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)

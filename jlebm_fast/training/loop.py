@@ -192,13 +192,29 @@ def _run(trainer: Trainer, metrics: Any, stop_requested: list[int]) -> None:
 
     def checkpoint() -> None:
         trainer.require_finite_parameters()
-        metrics.flush()
-        if ranks.is_first:
-            os.fsync(metrics.fileno())
+        with writing():
+            metrics.flush()
+            if ranks.is_first:
+                os.fsync(metrics.fileno())
         state = trainer.state(metrics.seek(0, os.SEEK_END))
         if ranks.is_first:
-            save_checkpoint(folder.checkpoint, state)
+            with writing():
+                save_checkpoint(folder.checkpoint, state)
         saved.append(trainer.step)
+
+    @contextmanager
+    def writing() -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None:  # not the system's: a TimeoutError that somebody raised
+                raise
+            kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint could be written yet"
+            then = f"then jlebm train {folder.path} --resume goes on" if saved else "then begin again"
+            raise RunError(
+                f'training ended at step {trainer.step}, "{folder.path}" cannot be written to: {error.strerror}; '
+                f"{kept}: make room, {then}"
+            ) from error
 
     saved = [trainer.step] if trainer.step else []
     try:
@@ -215,8 +231,9 @@ def _run(trainer: Trainer, metrics: Any, stop_requested: list[int]) -> None:
                 if trainer.step % options.log_every == 0 or trainer.step == total:
                     now = time.perf_counter()
                     rate = (trainer.step - since_step) / (now - since)
-                    metrics.write(trainer.metrics_line(rate))
-                    metrics.flush()
+                    with writing():
+                        metrics.write(trainer.metrics_line(rate))
+                        metrics.flush()
                     since, since_step = now, trainer.step
                 if trainer.step % options.checkpoint_every == 0 or trainer.step == total or stop:
                     checkpoint()
@@ -229,15 +246,6 @@ def _run(trainer: Trainer, metrics: Any, stop_requested: list[int]) -> None:
             f"training diverged at step {trainer.step + 1}: {error}; the last good checkpoint is kept in "
             f'"{folder.checkpoint}" (a run begun anew with a smaller --energy-lr or --autoencoder-lr usually helps)',
             shared=True,
-        ) from error
-    except BrokenPipeError:  # of the terminal or a pipe behind the progress bar, not of a file
-        raise
-    except OSError as error:
-        kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint could be written yet"
-        then = f"then jlebm train {folder.path} --resume goes on" if saved else "then begin again"
-        raise RunError(
-            f'training ended at step {trainer.step}, "{folder.path}" cannot be written to: {error.strerror or error}; '
-            f"{kept}: make room, {then}"
         ) from error
 
 
