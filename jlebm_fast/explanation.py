@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from . import backends
+from . import backends, ops
 from .latents import LatentLayout
 from .problem import MLPSpec
 
@@ -25,7 +25,7 @@ def describe_spec(spec: MLPSpec) -> str:
     return f"{' -> '.join(map(str, spec.widths))}, {', '.join(names)}, head {scale}{spec.head}"
 
 
-def _side_by_side(n_terms: int) -> str:
+def _how(n_terms: int) -> str:
     return "" if n_terms == 1 else f"the sum of {n_terms} networks, side by side as "
 
 
@@ -42,11 +42,13 @@ def explain(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, context: 
         ]
     else:
         spec, op = mlp.spec, "mlp_langevin_chain"
+        n_terms, rows = source.how(flat, layout, context, y)
         lines = [
-            f"energy    {name}: {_side_by_side(source.n_terms(flat, layout, context))}{describe_spec(spec)}",
+            f"energy    {name}: {_how(n_terms)}{describe_spec(spec)}",
+            *([f"          parameters by a run of its own forward on {rows} rows per call"] if rows else []),
             f"path      mlp_langevin_chain: all {sampler.n_steps} steps in one call",
         ]
-    times, change = source.examinations(layout, context)
+    times, change = source.examinations(flat, layout, context, y)
     if change is not None:
         # a forward that counts its calls has it done at every one
         lines.insert(1, f"          examined {times} times; before the last time {change} had changed")
@@ -67,5 +69,6 @@ def explain(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, context: 
     if chosen is None:
         lines.append("backend   none: such a call raises ValueError")
     else:
-        lines.append(f"backend   {chosen} ({backends.load(chosen).regime(op, spec)})")
+        module = ops.serving(backends.load(chosen), sampler.backend, flat.device, flat.dtype)
+        lines.append(f"backend   {chosen} ({module.regime(op, spec)})")
     return "\n".join(lines + others)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from . import backends, dynamics, ops
 from .checks import check_like, describe, whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
+from .energy_source import EnergySource
 from .latents import flatten_latents, flatten_mask
 from .modes import chain_mode, device_of
 from .problem import Update
-from .recognition import EnergySource
 from .rng import check_noise_key, noise_key_of
 from .stepwise import AnyEnergy
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends import cpu_plain
+from .backends import cpu_plain, eager, float64
 from .checks import SUPPORTED_DTYPES, check_like, describe, dtype_name
 from .modes import autocast_enabled, capturing, chain_mode, watched
 from .problem import ACTIVATIONS, HEADS, MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
@@ -107,6 +107,7 @@ def direct_noise(
     if device != _CPU and device.type == "cuda":
         device = _usable_cuda(device)
     chosen = backends.choose("langevin_noise", backend, device=device, dtype=dtype)
+    chosen = serving(chosen, backend, device, dtype)
     return chosen.langevin_noise(
         _key_for(chosen, noise_key, device),
         n_steps,
@@ -136,6 +137,7 @@ def direct_step(z: Tensor, grad: Tensor, update: Update, backend: str) -> Tensor
     check_like("grad", grad, (tuple(z.shape),), z)
     check_update(update, z, 1)
     chosen = backends.choose("langevin_step", backend, device=z.device, dtype=z.dtype, update=update)
+    chosen = serving(chosen, backend, z.device, z.dtype)
     z, grad, update = _in_memory(z), _in_memory(grad), _update_for(chosen, update, z.device)
     if not _attached(z.device):
         return chosen.langevin_step(z, grad, update)
@@ -160,7 +162,8 @@ def backend_of_energy_grad(z: Tensor, mlp: MLP, backend: str) -> ModuleType:
     """The backend that serves the call, after the checks."""
     check_z(z, mlp.spec.dim)
     check_mlp(mlp, z)
-    return backends.choose("mlp_energy_grad", backend, device=z.device, dtype=z.dtype, spec=mlp.spec)
+    chosen = backends.choose("mlp_energy_grad", backend, device=z.device, dtype=z.dtype, spec=mlp.spec)
+    return serving(chosen, backend, z.device, z.dtype)
 
 
 def direct_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str) -> ChainResult:
@@ -200,7 +203,13 @@ def sampler_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Rec
 def _chosen_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record, backend: str) -> ChainResult:
     device = z.device
     chosen = backends.choose("mlp_langevin_chain", backend, device=device, dtype=z.dtype, spec=mlp.spec, update=update)
+    chosen = serving(chosen, backend, device, z.dtype)
     return chosen.mlp_langevin_chain(z, mlp, _update_for(chosen, update, device), n_steps, record)
+
+
+def serving(chosen: ModuleType, backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module that does what the backend does: in float64 on the CPU a faster one, unless eager was asked for."""
+    return float64 if chosen is eager and backend == "auto" and float64.serves(device, dtype) else chosen
 
 
 def _in_memory(tensor: Tensor) -> Tensor:

@@ -145,6 +145,11 @@ class Recognised:
         terms = [(columns, term.scale) for columns, term in zip(self._columns[device], self.terms, strict=True)]
         return assembled(self.spec if sign == 1.0 else self.spec.negated, terms, weights, biases, context)
 
+    @property
+    def n_terms(self) -> int:
+        """Of how many networks it is the sum."""
+        return len(self.terms)
+
     def converged_buffers(self) -> dict[str, Tensor]:
         """Buffers with which the module's own forward is the energy of a chain."""
         return {name: buffer for layer in self.layers for name, buffer in layer.converged_buffers().items()}

@@ -1,12 +1,14 @@
 """Other people's energies: recognised as an MLP where they are one, tested before trusted, watched afterwards.
 
     trace      a float64 copy of the module runs once and `tracing.py` conjectures its structure
+    follow     where that finds none, `following.py` conjectures where in the forward its layers stand
     test       value and gradient of that structure against the copy's own, on random inputs of two batch sizes
     condition  a context beside z is part of the first layer's inputs, constant along a chain
-    keep       the structure, per module and weakly; never a parameter: `recognised.py` reads those at every call
+    keep       the structure, per module and weakly; never a parameter: `recognised.py` reads those at every call, or
+               `probing.py` by a run of the forward
     watch      modules, forwards, modes (train/eval), ties between parameters, attributes (plain values however nested,
                identities of the rest), globals, closures and methods that the code names: what differs from the
-               trace's starts it anew
+               trace's starts it anew. A plan needs no such watch: each run is compared with it
     refuse     what could change unseen: foreign hooks, values of tensors read by a forward, numbers of unknown origin
 
 A module that is not recognised runs its own forward under autograd, on clones of its buffers, so that sampling leaves a
@@ -18,26 +20,27 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import sys
 import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from .backends import eager
-from .checks import SUPPORTED_DTYPES, describe, dtype_name, has_memory
-from .energy import EnergyLinear, EnergyMLP
+from .checks import has_memory
+from .energy import EnergyLinear
+from .following import Follower, Seen
 from .latents import LatentLayout
 from .modes import chain_mode
+from .observing import InFloat64
 from .ops import check_spec
-from .problem import MLP
+from .probing import NO_CONDITIONS, Conditions, Forward, OtherPath, Plan, Probed, read
 from .recognised import Layer, Recognised, assembled, effective_weights
 from .structure import Label, Structure, Untraceable, structure_of
 from .tracing import Tracer
-from .watching import HOOKS_OF_ALL, Guards, foreign_hook, numbers_of
+from .watching import Guards, foreign_hook, numbers_of
 
 # what a forward in float64 on a foreign batch may legitimately raise; anything else is the user's to see
 _FORWARD_ERRORS = (
@@ -53,8 +56,8 @@ _FORWARD_ERRORS = (
 _TEST_CHAINS = (3, 7)
 _TEST_TOLERANCE = 1e-9
 _LARGEST_TESTED = 1e6  # of a parameter: beyond, what is tested may overflow or cancel
-_CPU = torch.device("cpu")
-_DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+# a module that changed so often is read by a plan, which no change of an attribute makes void
+_MOST_TRACES = 3
 
 
 class Unrecognised(NamedTuple):
@@ -90,6 +93,7 @@ def _replace_what_tests_nothing(net: nn.Module) -> None:
 
 def _trace(
     net: nn.Module,
+    method: str,
     layout: LatentLayout,
     context_dim: int,
     chains: int,
@@ -115,7 +119,7 @@ def _trace(
         options["context"] = context
     try:
         with tracer:
-            output = net(z, **options)
+            output = getattr(net, method)(z, **options) if method != "forward" else net(z, **options)
         structure, linears = structure_of(tracer.label_of(output), chains, dim, context_dim)
         check_spec(structure.spec)
         (expected_grad,) = torch.autograd.grad(output.sum(), flat, allow_unused=True)
@@ -148,8 +152,66 @@ def _close(value: Tensor, expected: Tensor) -> bool:
     return bool(((value - expected).abs() <= _TEST_TOLERANCE * (1 + expected.abs())).all())
 
 
-def recognise(net: nn.Module, layout: LatentLayout, context_dim: int = 0) -> Recognised | Unrecognised:
-    """Trace and test a module, leaving it, its buffers and torch's random state as they are: a draw is refused."""
+def _follow(
+    twin: nn.Module,
+    method: str,
+    layout: LatentLayout,
+    conditions: Conditions,
+    n: int,
+    scale: float,
+    device: torch.device,
+) -> Plan:
+    """The plan of one followed run of a float64 copy on n chains, tested on the values of the run."""
+    generator = torch.Generator("cpu").manual_seed(n)
+    flat = scale * torch.randn(n, layout.dim, generator=generator, dtype=torch.float64, device="cpu").to(device)
+    flat.requires_grad_()
+    # conditions are those of the call: what is a label or a time is not ours to invent
+    given = conditions.rows([i % max(conditions.chains, 1) for i in range(n)]).double()
+    follower = Follower(twin, n, layout.dim)
+    z = layout.restore(flat.detach().clone())
+    for piece in [z] if isinstance(z, Tensor) else z:
+        follower.put(piece, Seen("affine"))
+    for leaf, of_chains in zip(tree_leaves(given.options), given.of_chains, strict=True):
+        if of_chains:
+            follower.put(leaf, Seen("condition"))
+    try:
+        forward = Forward(twin, method)
+        buffers = forward.buffers()
+        with InFloat64():
+            with torch.no_grad(), follower:
+                output = forward(buffers, z, given.options)
+            plan = follower.plan(output)
+            check_spec(plan.spec)
+            with torch.no_grad():
+                mlp = read(plan, forward, layout, given, flat.dtype, device)
+            expected = forward(forward.buffers(), layout.restore(flat), given.options)
+        (expected_grad,) = torch.autograd.grad(expected.sum(), flat, allow_unused=True)
+    except OtherPath:
+        raise Untraceable("its forward takes another path when it runs again") from None
+    except _FORWARD_ERRORS as error:
+        raise Untraceable(f"a float64 copy of it, run on {n} random chains, raised {error}") from error
+    finally:
+        follower.remove_hooks()
+    with torch.no_grad():
+        value, grad = eager.mlp_energy_grad(flat.detach(), mlp)
+    if expected_grad is None or not (_close(value, expected.reshape(-1)) and _close(grad, expected_grad)):
+        raise Untraceable("the MLP read out of its forward does not reproduce its value and gradient")
+    return plan
+
+
+def recognise(
+    net: nn.Module,
+    layout: LatentLayout,
+    method: str = "forward",
+    conditions: Conditions = NO_CONDITIONS,
+    *,
+    trace: bool = True,
+) -> Recognised | Probed | Unrecognised:
+    """Examine a module, leaving it, its buffers and torch's random state as they are: a draw is refused.
+
+    method     that takes the latents, "forward" or another
+    trace      False: look for a plan at once
+    """
     if any(is_lazy(parameter) for parameter in net.parameters()):
         return Unrecognised("it has parameters without a shape yet; call it once")
     for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers()):
@@ -167,24 +229,45 @@ def recognise(net: nn.Module, layout: LatentLayout, context_dim: int = 0) -> Rec
     except _FORWARD_ERRORS as error:
         return Unrecognised(f"it cannot be copied to be examined: {error}")
     with chain_mode(device, gradients=True):
+        context_dim = _traceable_context(conditions)
+        if trace and context_dim is not None:
+            try:
+                # two runs: a forward that depends on the batch, or on the values in it, shows
+                first, second = (
+                    _trace(twin, method, layout, context_dim, n, scale, device, numbers)
+                    for n, scale in zip(_TEST_CHAINS, (1, 3), strict=True)
+                )
+                if first == second:
+                    return Recognised(net, first)
+            except Untraceable:
+                pass  # `_follow` understands more, and says why if it does not
         try:
-            # two runs: a forward that depends on the batch, or on the values in it, shows
             first, second = (
-                _trace(twin, layout, context_dim, n, scale, device, numbers)
+                _follow(twin, method, layout, conditions, n, scale, device)
                 for n, scale in zip(_TEST_CHAINS, (1, 3), strict=True)
             )
+            if first == second and tensor is not None:
+                return Probed(Forward(net, method), layout, first, tensor)
+            return Unrecognised("its forward takes another path on another batch")
         except Untraceable as why:
             return Unrecognised(str(why))
-    if first != second:
-        return Unrecognised("its forward takes another path on another batch")
-    return Recognised(net, first)
+
+
+def _traceable_context(conditions: Conditions) -> int | None:
+    """Coordinates of a context [chains, n] that `tracing.py` can follow, 0 without any condition; else None."""
+    options, chains = conditions.options, conditions.chains
+    if not options:
+        return 0
+    context = options.get("context")
+    fits = len(options) == 1 and isinstance(context, Tensor) and context.dim() == 2 and context.is_floating_point()
+    return context.shape[1] if fits and context.shape[0] == chains and context.shape[1] else None
 
 
 class Examined(NamedTuple):
     """What is known about a module, how often it was examined, and what had changed before the latest time."""
 
     guards: Guards
-    found: Recognised | Unrecognised
+    found: Recognised | Probed | Unrecognised
     times: int
     change: str | None
 
@@ -194,206 +277,43 @@ _examined: weakref.WeakKeyDictionary[nn.Module, dict[Any, Examined]] = weakref.W
 _MAX_REMEMBERED = 8
 
 
-def recognised(net: nn.Module, layout: LatentLayout, context_dim: int = 0) -> Recognised | Unrecognised:
-    """`recognise`, remembered per module, layout and mode for as long as nothing that matters changes."""
+def recognised(
+    net: nn.Module,
+    layout: LatentLayout,
+    method: str = "forward",
+    conditions: Conditions = NO_CONDITIONS,
+    *,
+    anew: bool = False,
+) -> Recognised | Probed | Unrecognised:
+    """`recognise`, remembered per module, layout, mode and kind of conditions for as long as nothing that matters
+    changes; `anew`, a plan that was found does not hold any more."""
     remembered = _examined.setdefault(net, {})
-    key = (layout, net.training, context_dim)
+    key = (layout, net.training, method, conditions.kind)
     entry = remembered.get(key)
     if entry is None and any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
         return Unrecognised("a scripted or traced module cannot be watched; pass the nn.Module it was made from")
-    if entry is None or not entry.guards.hold():
-        times, change = (0, None) if entry is None else (entry.times, entry.guards.change())
-        if len(remembered) >= _MAX_REMEMBERED:
-            remembered.clear()
-        # the snapshot comes first: a change while tracing would be noticed at the next call
-        entry = Examined(Guards(net), recognise(net, layout, context_dim), times + 1, change)
-        remembered[key] = entry
-    return entry.found
+    if entry is not None and not anew and (type(entry.found) is Probed or entry.guards.hold()):
+        return entry.found
+    times, change = (0, None) if entry is None else (entry.times, entry.guards.change() or "its path")
+    if len(remembered) >= _MAX_REMEMBERED:
+        remembered.clear()
+    # the snapshot comes first: a change while tracing would be noticed at the next call
+    guards = Guards(net)
+    found = recognise(net, layout, method, conditions, trace=times < _MOST_TRACES)
+    if type(found) is Unrecognised and times >= _MOST_TRACES:
+        found = recognise(net, layout, method, conditions)
+    remembered[key] = Examined(guards, found, times + 1, change)
+    return found
 
 
-class EnergySource:
-    """Where the sampler finds its energy: an EnergyMLP, a recognised module, or a callable for autograd."""
-
-    def __init__(self, energy: nn.Module | Callable[..., Tensor]) -> None:
-        self.energy = energy
-        self._known: list[tuple] = []
-        self.was_mlp = True  # until a call finds that it is none: whether `plain_mlp` is worth asking
-
-    def __reduce__(self) -> tuple:
-        return EnergySource, (self.energy,)
-
-    def known(self, layout: LatentLayout, training: bool) -> tuple | None:
-        """(spec, columns, sites) of a module that an earlier call recognised, for `in_graph.py`; None if none did."""
-        for dims, listed, mode, structure in self._known:
-            if dims == layout.dims and listed == (layout.container is not Tensor) and mode == training:
-                return structure
-        return None
-
-    def _remember(self, found: Recognised, layout: LatentLayout, training: bool) -> None:
-        if self._known and self._known[-1][-1] is found.plain:
-            return
-        key = (layout.dims, layout.container is not Tensor, training)
-        self._known = [entry for entry in self._known if entry[:3] != key] + [(*key, found.plain)]
-
-    @property
-    def net(self) -> nn.Module | Callable[..., Tensor]:
-        """The module itself, out of wrappers that only distribute or compile it."""
-        net = self.energy
-        while True:
-            if _is_compiled(net):
-                net = net._orig_mod
-            elif isinstance(net, _DISTRIBUTED):
-                net = net.module
-            else:
-                return net
-
-    def name(self) -> str:
-        return getattr(self.energy, "__name__", type(self.energy).__name__)
-
-    def callable(self, changed: dict[str, Tensor] | None = None) -> Callable[..., Tensor]:
-        """The energy for autograd; a module runs on clones of its buffers, made once per chain, or on changed ones."""
-        energy = self.energy
-        if not isinstance(energy, nn.Module):
-            return energy
-        while isinstance(energy, _DISTRIBUTED):
-            energy = energy.module
-        buffers = {name: buffer.clone() for name, buffer in energy.named_buffers()} | (changed or {})
-        if not buffers:
-            return energy
-        return lambda z, **options: torch.func.functional_call(energy, buffers, (z,), options)
-
-    def found(
-        self, layout: LatentLayout, options: dict[str, object], flat: Tensor | None = None
-    ) -> Recognised | Unrecognised:
-        """What is known about an energy that is no EnergyMLP; a context needs the latents that it goes with."""
-        net = self.net
-        if not isinstance(net, nn.Module):
-            return Unrecognised("it is a plain callable; pass the nn.Module itself to have it examined")
-        if options.get("y") is not None:
-            return Unrecognised("y can be fused for an EnergyMLP only")
-        context = options.get("context")
-        if context is None:
-            return recognised(net, layout)
-        wanted = (flat.shape[0], flat.dtype, flat.device)
-        if (
-            not isinstance(context, Tensor)
-            or context.dim() != 2
-            or not context.shape[1]
-            or (context.shape[0], context.dtype, context.device) != wanted
-        ):
-            return Unrecognised(
-                f"a context can be fused if it is [{wanted[0]}, context_dim] {dtype_name(wanted[1])} on {wanted[2]}, "
-                f"got {describe(context)}"
-            )
-        return recognised(net, layout, context.shape[1])
-
-    def reason(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> str:
-        found = self.found(layout, {"context": context, "y": y}, flat)
-        return found.reason if isinstance(found, Unrecognised) else ""
-
-    def n_terms(self, flat: Tensor, layout: LatentLayout, context: object) -> int:
-        """Of how many networks a recognised module is the sum."""
-        if is_plain_energy_mlp(self.net):
-            return 1
-        found = self.found(layout, {"context": context}, flat)
-        return len(found.terms) if isinstance(found, Recognised) else 1
-
-    def examinations(self, layout: LatentLayout, context: object) -> tuple[int, str | None]:
-        """How often the module was examined for such latents, and what had changed before the latest time."""
-        net = self.net
-        context_dim = context.shape[1] if isinstance(context, Tensor) and context.dim() == 2 else 0
-        known = _examined.get(net, {}) if isinstance(net, nn.Module) else {}
-        entry = known.get((layout, net.training, context_dim)) if known else None
-        return (0, None) if entry is None else (entry.times, entry.change)
-
-    def mlp(
-        self, flat: Tensor, layout: LatentLayout, context: Tensor | None, y: Tensor | int | None, sign: float
-    ) -> MLP | None:
-        """sign · energy as the operations take it, with the parameters of this moment; None for autograd.
-
-        Raises:
-            ValueError: z, context or y does not fit the energy.
-        """
-        net = self.energy if type(self.energy) is EnergyMLP else self.net
-        self.was_mlp = False
-        if is_plain_energy_mlp(net):
-            mlp = self._energy_mlp(net, flat, layout, context, y, sign)
-            self.was_mlp = True
-            return mlp
-        found = self.found(layout, {"context": context, "y": y}, flat)
-        if isinstance(found, Unrecognised):
-            return None
-        if context is None:
-            self._remember(found, layout, net.training)
-        mlp = found.mlp(sign, context)
-        self.was_mlp = True
-        weight = mlp.weights[0]
-        if weight.dtype not in SUPPORTED_DTYPES:
-            raise ValueError(f"parameters of the energy must be float32 or float64, got {dtype_name(weight.dtype)}")
-        if weight.dtype != flat.dtype or weight.device != flat.device:
-            raise ValueError(
-                f"z must be [chains, {mlp.spec.dim}] {dtype_name(weight.dtype)} on {weight.device}, "
-                f"got {describe(flat)}"
-            )
-        return mlp
-
-    def plain_mlp(self, layout: LatentLayout, sign: float, widest: int) -> MLP | None:
-        """`mlp` on the CPU without context or chosen logit, in any mode of the caller's; None where it takes more than
-        that, or has a layer wider than `widest`. Not yet compared with z; its tensors are for `cpu_plain.py`, which
-        reads no more than their memory."""
-        net = self.energy if type(self.energy) is EnergyMLP else self.net
-        if _runs_energy_mlp_forward(net):
-            if net.context_dim or net.spec.widest > widest or net.spec.head == "logit":
-                return None
-            if layout.container is not Tensor and layout.dims != net.latent_dims:
-                return None
-            parameters = net.parameters_as_they_are()
-            if parameters is not None:
-                return MLP(net.spec if sign == 1.0 else net.spec.negated, *parameters)
-            if is_plain_energy_mlp(net):
-                with chain_mode(_CPU):
-                    mlp = net.mlp(None)
-                return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
-        found = self.found(layout, {})
-        if isinstance(found, Unrecognised):
-            self.was_mlp = False
-            return None
-        if found.spec.widest > widest:
-            return None
-        self._remember(found, layout, net.training)
-        return found.plain_mlp(sign)
-
-    def _energy_mlp(
-        self,
-        net: EnergyMLP,
-        flat: Tensor,
-        layout: LatentLayout,
-        context: Tensor | None,
-        y: Tensor | int | None,
-        sign: float,
-    ) -> MLP:
-        if layout.container is not Tensor and layout.dims != net.latent_dims:
-            raise ValueError(f"z must be layers of widths {net.latent_dims}, got {layout.dims}")
-        net.check_z(flat)
-        # the parameters themselves where possible: a chain runs outside autograd
-        mlp = net.mlp(flat, context, y)
-        return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
+def examined(net: nn.Module, layout: LatentLayout, method: str, conditions: Conditions) -> Examined | None:
+    """What is known about a module; None if it was never examined for such latents and conditions."""
+    known = _examined.get(net, {})
+    return known.get((layout, net.training, method, conditions.kind)) if known else None
 
 
-def is_plain_energy_mlp(net: object) -> bool:
-    """An EnergyMLP whose forward is EnergyMLP's: no subclass that changes it, no hook, no foreign normalisation."""
-    # a parametrised layer is of a class of its own
-    return _runs_energy_mlp_forward(net) and set(map(type, net._modules["layers"]._modules.values())) == {EnergyLinear}
-
-
-def _runs_energy_mlp_forward(net: object) -> bool:
-    if not isinstance(net, EnergyMLP) or type(net).forward is not EnergyMLP.forward or "forward" in net.__dict__:
-        return False
-    return not (net._forward_hooks or net._forward_pre_hooks or any(HOOKS_OF_ALL))
-
-
-def _is_compiled(net: object) -> bool:
-    """Whether it is what torch.compile makes of a module."""
-    # the module that defines it takes seconds to import, and was imported if anything was compiled
-    compiler = sys.modules.get("torch._dynamo.eval_frame")
-    return compiler is not None and isinstance(net, compiler.OptimizedModule)
+def give_up_on(net: nn.Module, layout: LatentLayout, method: str, conditions: Conditions) -> None:
+    """Remember that no plan of a module holds."""
+    key = (layout, net.training, method, conditions.kind)
+    found = Unrecognised("its forward takes another path at every call")
+    _examined[net][key] = _examined[net][key]._replace(found=found)

@@ -15,11 +15,11 @@ from .backends import cpu_plain
 from .captured import capture_of
 from .checks import check_like, describe, whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
+from .energy_source import EnergySource
 from .explanation import explain
 from .latents import LatentLayout, Latents, flatten_latents, flatten_mask
 from .modes import capturing, chain_mode, device_of, unwatched, watched
 from .problem import ChainResult, MLPSpec, Record, Update
-from .recognition import EnergySource
 from .rng import draw_unwatched, noise_key_of
 
 PRECISIONS = (None, *precision.NAMES)
@@ -64,11 +64,11 @@ class FastLangevin:
         z ← z + s²/2 (∇f(z) + (mean − z)/std²) + s · noise_scale · eps,      eps ~ N(0, I),  n_steps times
 
     Args:
-        energy: EnergyMLP, or a module or callable from latents to [chains], [chains, 1] or [chains, 1, 1, 1]. Modules
-            whose forward is an MLP are recognised and run in the fused kernels, everything else runs through
-            autograd and the fused step; `explain` says which. Parameters are read at every call. A plain function
-            (`lambda z: net(z)`) is never recognised: net's own forward then runs at every step, with all it does to
-            its buffers, as in the published loops.
+        energy: EnergyMLP, or a module, a method of one or a callable, from latents to [chains], [chains, 1] or
+            [chains, 1, 1, 1]. Modules and methods that compute an MLP are recognised and run in the fused kernels,
+            everything else runs through autograd and the fused step; `explain` says which. Parameters are read at every
+            call. A plain function (`lambda z: net(z)`) is never recognised: net's own forward then runs at every step,
+            with all it does to its buffers, as in the published loops.
         n_steps: steps of a chain
         step_size: s; float, sequence of n_steps, or tensor [chains]
         noise_scale: factor on the noise alone; 1 Langevin, 0 gradient ascent; float, sequence of n_steps or [chains]
@@ -169,8 +169,9 @@ class FastLangevin:
             first_step: index of this call's first step in the noise field (a chain continued)
             first_chain: index of this call's first chain in the noise field (one part of many chains)
             context: condition c of a conditional energy, [chains, context_dim]; passed to other callables as context=,
-                and recognised in modules whose first layer takes it beside z
-            y: chosen logit, int or int64 [chains]; passed to other callables as y=
+                whatever it is, and recognised in modules where it enters the first layer
+            y: chosen logit, int or int64 [chains]; passed to other callables as y=, and recognised in modules where it
+                enters the first layer or picks a logit
             capture: on a CUDA device, where a step goes through autograd (a log_likelihood, an energy that is no MLP),
                 capture it once in a CUDA graph and replay it; False for callables that look at values on the host
 

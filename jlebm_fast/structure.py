@@ -12,7 +12,7 @@ from .problem import MLPSpec
 
 # units of a layer that a sum of networks may have together: its terms run side by side as one network, whose weights
 # between terms are zeros that cost as much as others
-_WIDEST_SUM = 511
+WIDEST_SUM = 511
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +128,9 @@ def structure_of(label: Label, chains: int, dim: int, context_dim: int) -> tuple
     if any(part.post[: len(part.linears) - 1] != hidden for part in labels):
         raise Untraceable("it is a sum of networks that differ in the number of layers or in the activations")
     widths = [sum(part.linears[i].weight.shape[0] for part in labels) for i in range(len(hidden))]
-    if label.terms and max(widths) > _WIDEST_SUM:
+    if label.terms and max(widths) > WIDEST_SUM:
         raise Untraceable(
-            f"it is a sum of networks with {max(widths)} units side by side, where more than {_WIDEST_SUM} would cost "
+            f"it is a sum of networks with {max(widths)} units side by side, where more than {WIDEST_SUM} would cost "
             "more than they save"
         )
     spec = MLPSpec(

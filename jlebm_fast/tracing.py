@@ -15,34 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .energy import EnergyLinear
+from .observing import (
+    ADDING,
+    DROPOUTS,
+    HOOKING,
+    JOINING,
+    KEEPING,
+    READING,
+    REARRANGING,
+    ForwardObserver,
+    activation_of,
+    draws,
+    name_of,
+)
 from .snapshots import MOST_ENTRIES
 from .structure import Label, Linear, LinearSite, Untraceable
-
-# fmt: off
-_REARRANGING = frozenset((
-    "cat", "concat", "concatenate", "hstack", "column_stack", "stack", "view", "reshape", "squeeze", "unsqueeze",
-    "flatten", "unflatten", "getitem", "narrow", "split", "chunk", "tensor_split", "unbind", "permute", "transpose",
-    "t", "T", "mT", "swapaxes", "swapdims", "movedim", "select", "index_select", "view_as", "reshape_as", "ravel",
-))
-_JOINING = frozenset(("cat", "concat", "concatenate", "hstack", "column_stack", "stack", "vstack"))
-_ADDING = frozenset(("add", "radd", "iadd", "sub", "rsub", "isub", "subtract"))
-_KEEPING = frozenset((
-    "contiguous", "clone", "to", "double", "type", "type_as", "detach", "data", "requires_grad", "alias",
-))
-_READING = frozenset(("item", "bool", "float", "int", "tolist", "numpy", "array", "index"))
-_HOOKING = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
-_DRAWING = frozenset((
-    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli",
-    "multinomial", "poisson", "binomial", "uniform", "exponential", "cauchy", "log_normal", "geometric", "random",
-    "gumbel_softmax",
-))
-_DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout",
-                       "feature_alpha_dropout"))
-# fmt: on
 
 _DEFAULTS = {"leaky_relu": 0.01, "elu": 1.0, "softplus": 1.0}
 # whoever changed it later would not be noticed
@@ -51,7 +41,7 @@ _OF_UNKNOWN_ORIGIN = (
 )
 
 
-class Tracer(TorchFunctionMode):
+class Tracer(ForwardObserver[Label]):
     """Labels everything that descends from the given latents, and from a condition beside them, while a module runs.
 
     dim       of the latents; those of the condition follow them in the numbers of entries
@@ -68,38 +58,15 @@ class Tracer(TorchFunctionMode):
         device: torch.device,
         numbers: frozenset[tuple[type, float]],
     ) -> None:
-        super().__init__()
-        self.net, self.chains, self.dim, self.device, self.numbers = net, chains, dim, device, numbers
+        super().__init__(net)
+        self.chains, self.dim, self.device, self.numbers = chains, dim, device, numbers
         self.context_dim = context_dim
-        self.labels: dict[int, tuple[Tensor, Label]] = {}
-        self.refused: str | None = None
-        self._stack: list[tuple[str, nn.Module]] = []
-        self._hooks = []
-        for path, module in net.named_modules():
-            if isinstance(module, EnergyLinear):  # its own forward is never run, and a hook on it refused
-                continue
-            self._hooks.append(
-                module.register_forward_pre_hook(lambda m, _, path=path: self._stack.append((path, m)), prepend=True)
-            )
-            self._hooks.append(module.register_forward_hook(lambda *_: (self._stack.pop(), None)[1]))
         self._owners = {
             id(tensor): (module, path, name)
             for path, module in net.named_modules()
             for name, tensor in module.named_parameters(recurse=False)
         }
         self._normalised: dict[int, tuple[Tensor, str]] = {}  # of an EnergyLinear by its norm: with the layer's path
-
-    def remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def put(self, tensor: Tensor, label: Label) -> None:
-        # the tensor is kept alive, or its id could be given to another
-        self.labels[id(tensor)] = (tensor, label)
-
-    def get(self, tensor: object) -> Label | None:
-        found = self.labels.get(id(tensor)) if isinstance(tensor, Tensor) else None
-        return None if found is None else found[1]
 
     def label_of(self, output: object) -> Label:
         """The label of what the module returned.
@@ -121,30 +88,30 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         inputs = [label for label in map(self.get, tree_leaves((args, kwargs))) if label is not None]
-        name = _name(func)
-        draws = self._draws(name, args, kwargs)
-        if draws is not None:
+        name = name_of(func)
+        drawn = draws(name, args, kwargs)
+        if drawn is not None:
             # before it does: torch's generator is not ours to advance, nor to set back under other threads
-            self.refused = self.refused or f"{draws} in {self._where()}"
+            self.refused = self.refused or f"{drawn} in {self.where()}"
             raise Untraceable(self.refused)
         result = func(*args, **kwargs)
-        if name in _READING and not isinstance(result, Tensor):
+        if name in READING and not isinstance(result, Tensor):
             # of a buffer too: what was read would be a constant from then on
             what = "values of z" if inputs else "the value of a tensor"
-            self.refused = self.refused or f"forward reads {what} ({name}) in {self._where()}"
+            self.refused = self.refused or f"forward reads {what} ({name}) in {self.where()}"
         if not inputs:
             self._normalise(name, args, result)
             return result
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not outputs:
-            if name in _HOOKING:
-                self.refused = self.refused or f"forward hooks into a gradient ({name}) in {self._where()}"
+            if name in HOOKING:
+                self.refused = self.refused or f"forward hooks into a gradient ({name}) in {self.where()}"
             return result
         unknown = next((label for label in inputs if label.unknown), None)
         if unknown is not None:
             for output in outputs:
                 self.put(output, unknown)
-        elif name in _REARRANGING:
+        elif name in REARRANGING:
             self._rearrange(name, func, args, kwargs, inputs, result)
         else:
             label = self._step(name, func, args, kwargs, inputs, outputs)
@@ -164,20 +131,8 @@ class Tracer(TorchFunctionMode):
             if isinstance(module, EnergyLinear) and module.spectral_norm and args[0] is module._parameters["weight"]:
                 self._normalised[id(result)] = (result, path)
 
-    def _draws(self, name: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
-        """What would draw random numbers; None of everything else."""
-        if name in _DROPOUTS:
-            training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-            p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-            return f"active dropout (p = {p}, training mode)" if training and p > 0 else None
-        return f"a random draw ({name})" if name in _DRAWING else None
-
-    def _where(self) -> str:
-        path, module = self._stack[-1] if self._stack else ("", self.net)
-        return f"layer '{path}' ({type(module).__name__})" if path else f"the forward of {type(module).__name__}"
-
     def _unknown(self, what: str) -> Label:
-        return Label(unknown=f"{what} in {self._where()}")
+        return Label(unknown=f"{what} in {self.where()}")
 
     def _rearrange(
         self, name: str, func: Callable[..., Any], args: tuple, kwargs: dict, inputs: list[Label], result: Any
@@ -189,7 +144,7 @@ class Tracer(TorchFunctionMode):
         leaves = tree_leaves((args, kwargs))
         leaves += [end for leaf in leaves if isinstance(leaf, slice) for end in (leaf.start, leaf.stop, leaf.step)]
         refused = None
-        if not same and name in _JOINING and all(map(self._is_summand, inputs)):
+        if not same and name in JOINING and all(map(self._is_summand, inputs)):
             self._join(func, args, kwargs, result)
             return
         if not same:
@@ -274,18 +229,18 @@ class Tracer(TorchFunctionMode):
     ) -> Label:
         """The label after an operation that is not a mere rearrangement."""
         label = inputs[0]
-        if len(inputs) == 1 and name in _KEEPING:
+        if len(inputs) == 1 and name in KEEPING:
             return label
         if len(inputs) == 1 and name in ("sum", "mean") and label.stacked:
             reduced = self._reduce(func, label, args, kwargs, outputs[0])
             return reduced or self._unknown(f"{name} of something else than all of the networks that were stacked")
-        if name in _ADDING:
+        if name in ADDING:
             return self._added(name, args, kwargs, inputs, outputs[0])
         if len(inputs) == 1 and name in ("sum", "mean") and outputs[0].numel() == label.entries.numel():
             return label._replace(entries=label.entries.reshape(outputs[0].shape))
         if name in ("linear", "conv2d") and self.get(args[0]) is label and len(inputs) == 1:
             return self._linear(name, label, args, kwargs)
-        if name in _DROPOUTS and label.plain:  # not active, or `_draws` would have refused it
+        if name in DROPOUTS and label.plain:  # not active, or `_draws` would have refused it
             return label
         if name == "logsumexp":
             return self._logsumexp(label, args, kwargs, outputs[0])
@@ -379,7 +334,7 @@ class Tracer(TorchFunctionMode):
             return LinearSite(owner[1], "parameter", owner[2], bias_path, bias_name)
         if id(weight) in self._normalised:
             return LinearSite(self._normalised[id(weight)][1], "spectral", "weight", bias_path, bias_name)
-        path, module = self._stack[-1] if self._stack else ("", self.net)
+        path, module = self.stack[-1] if self.stack else ("", self.net)
         kind = computed_weight_kind(module)
         if kind is None:
             return "a weight that is computed in a way we do not know"
@@ -404,29 +359,3 @@ def computed_weight_kind(module: nn.Module) -> str | None:
             return "parametrized" if not list(chain.buffers()) else None
         return "spectral" if len(chain) == 1 and spectral[0].dim == 0 else None
     return None
-
-
-def activation_of(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[str, float] | None:
-    """(catalogue name, parameter) of a torch call, or None where it is no activation we know."""
-
-    def option(keyword: str, position: int, default: float) -> float:
-        return kwargs.get(keyword, args[position] if len(args) > position else default)
-
-    if name in ("relu", "silu", "mish", "tanh", "sigmoid"):
-        return name, 0.0
-    if name == "leaky_relu":
-        return name, float(option("negative_slope", 1, 0.01))
-    if name == "elu" and option("scale", 2, 1.0) in (1.0, False) and option("input_scale", 3, 1.0) == 1.0:
-        return name, float(option("alpha", 1, 1.0))
-    if name == "softplus" and option("threshold", 2, 20.0) == 20.0:
-        return name, float(option("beta", 1, 1.0))
-    if name == "gelu":
-        return ("gelu" if option("approximate", 1, "none") == "none" else "gelu_tanh"), 0.0
-    return None
-
-
-def _name(func: Callable[..., Any]) -> str:
-    name = getattr(func, "__name__", str(func))
-    if name == "__get__":
-        name = func.__self__.__name__
-    return name.strip("_")

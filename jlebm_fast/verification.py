@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from . import backends, dynamics, ops
 from .backends import eager
+from .energy_source import conditions, is_plain_energy_mlp
 from .functional import energy_and_grad
 from .latents import LatentLayout, flatten_latents
 from .modes import chain_mode, device_of
 from .problem import MLP, MLPSpec, Record, Update
-from .recognition import Recognised, is_plain_energy_mlp
+from .recognition import Unrecognised
 from .sampler import FastLangevin, Latents
 from .stepwise import AnyEnergy
 
@@ -146,8 +147,8 @@ def _gradient_check(
     converged: dict[str, Tensor] = {}
     if not is_plain_energy_mlp(sampler._source.net):
         # a chain divides by the converged spectral norm (spectral.py), so that is what it is compared with
-        found = sampler._source.found(layout, {"context": context, "y": y}, flat)
-        converged = found.converged_buffers() if isinstance(found, Recognised) else {}
+        found = sampler._source.found(layout, conditions(flat, context, y))
+        converged = {} if isinstance(found, Unrecognised) else found.converged_buffers()
     own = sampler._source.callable(converged)
     expected_value, expected_grad = AnyEnergy(own, layout, context, y, 1.0)(flat)
     error = max(_error(value, expected_value), _error(flatten_latents(grad)[0], expected_grad))

@@ -188,7 +188,7 @@ def test_a_net_that_nobody_holds_is_freed():
 def test_a_net_is_examined_once_for_each_form(monkeypatch):
     examined = []
     recognise = recognition.recognise
-    monkeypatch.setattr(recognition, "recognise", lambda *a: examined.append(1) or recognise(*a))
+    monkeypatch.setattr(recognition, "recognise", lambda *a, **k: examined.append(1) or recognise(*a, **k))
     net, other, z = score_net(), score_net(), normal(4, 5)
     for _ in range(3):
         for form in ("tanh", "softplus"):

@@ -18,8 +18,9 @@ from torch.nn.utils.parametrizations import spectral_norm as new_spectral_norm
 from torch.nn.utils.parametrizations import weight_norm as new_weight_norm
 
 import jlebm_fast as jf
+from jlebm_fast.energy_source import EnergySource
 from jlebm_fast.latents import flatten_latents
-from jlebm_fast.recognition import EnergySource, Recognised, Unrecognised
+from jlebm_fast.recognition import Recognised, Unrecognised
 
 DIMS = (2, 2, 2, 10)
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -133,7 +134,7 @@ RECOGNISED = {
 
 
 def found(net, z):
-    return EnergySource(net).found(flatten_latents(z)[1], {})
+    return EnergySource(net).found(flatten_latents(z)[1])
 
 
 @pytest.mark.parametrize(("make", "z"), RECOGNISED.values(), ids=RECOGNISED)
@@ -194,15 +195,6 @@ class Quadratic(nn.Module):
         return -(z**2).sum(1)
 
 
-class FreshWeight(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w, self.out = nn.Parameter(normal(9, 10)), nn.Linear(9, 1)
-
-    def forward(self, z):
-        return self.out(torch.relu(F.linear(z, self.w * 2)))
-
-
 class Wild(nn.Module):
     def __init__(self):
         super().__init__()
@@ -227,16 +219,15 @@ UNRECOGNISED = {
     "logits": (lambda: nn.Sequential(nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 4)), "it returns 4 logits per chain"),
     "sigmoid inside": (
         lambda: nn.Sequential(nn.Linear(10, 9), nn.Sigmoid(), nn.Linear(9, 1)),
-        "sigmoid between linear",
+        "sigmoid between layers",
     ),
     "branching": (Branching, r"forward reads values of z \(bool\)"),
-    "residual": (Residual, "add is not an operation of an MLP in the forward of Residual"),
-    "mixing": (Mixing, "roll is not an operation of an MLP"),
-    "quadratic": (Quadratic, "pow is not an operation of an MLP"),
-    "fresh weight": (FreshWeight, "a weight that is computed in a way we do not know"),
+    "residual": (Residual, "add joins values of different layers in the forward of Residual"),
+    "mixing": (Mixing, "does not reproduce its value and gradient"),
+    "quadratic": (Quadratic, "pow of z itself"),
     "float32 only": (Wild, "a float64 copy of it, run on 3 random chains, raised 'no such dtype here'"),
     "prelu": (lambda: nn.Sequential(nn.Linear(10, 9), nn.PReLU(), nn.Linear(9, 1)), r"prelu .* layer '1' \(PReLU\)"),
-    "function": (lambda: lambda z: -(z**2).sum(1), "it is a plain callable; pass the nn.Module itself"),
+    "function": (lambda: lambda z: -(z**2).sum(1), "it is a plain callable; pass the nn.Module, or a method of it"),
 }
 
 
@@ -427,11 +418,11 @@ def test_a_module_with_options_of_its_own():
 def test_the_check_at_a_call_is_cheap():
     net = Joint(old_spectral_norm)
     source, layout = EnergySource(net), flatten_latents(LIST)[1]
-    source.found(layout, {})
+    source.found(layout)
     best = float("inf")
     for _ in range(20):
         start = time.perf_counter()
         for _ in range(50):
-            source.found(layout, {})
+            source.found(layout)
         best = min(best, (time.perf_counter() - start) / 50)
     assert best < 100e-6  # 13 µs on an idle core; the bound leaves room for a busy one

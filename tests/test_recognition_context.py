@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import spectral_norm as old_spectral_norm
 
 import jlebm_fast as jf
-from jlebm_fast.recognition import EnergySource, _examined
+from jlebm_fast.energy_source import EnergySource
+from jlebm_fast.recognition import _examined
 
 CHAINS, DIMS, CONTEXT = 7, (2, 4), 3
 DIM = sum(DIMS)
@@ -116,15 +118,6 @@ class Film(Joined):
         return self.net(torch.cat([z * context[:, :1], context], 1))
 
 
-class Embedded(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.net = nn.Linear(CONTEXT, CONTEXT), body()
-
-    def forward(self, z, context):
-        return self.net(torch.cat([z, self.embed(context)], 1))
-
-
 class Later(nn.Module):
     def __init__(self):
         super().__init__()
@@ -134,50 +127,114 @@ class Later(nn.Module):
         return self.last(torch.cat([torch.tanh(self.first(z)), context], 1))
 
 
-class Mixed(nn.Module):
-    """Each chain sees its neighbour's condition."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = body()
-
-    def forward(self, z, context):
-        return self.net(torch.cat([z, torch.cat([context[1:], context[:1]])], 1))
-
-
-class Counted(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = body(DIM + 1)
-
-    def forward(self, z, context):
-        return self.net(torch.cat([z, context.to(z.dtype)], 1))
-
-
 REFUSED = {
-    "multiplied": (Film, C, "mul with a tensor, or of z itself"),
-    "embedded": (lambda: Embedded(), C, "cat joins different things"),
-    "in a later layer": (lambda: Later(), C, "cat joins different things"),
-    "of another chain": (lambda: Mixed(), C, "a linear layer that mixes chains"),
-    "whole numbers": (lambda: Counted(), torch.ones(CHAINS, 1, dtype=torch.int64), "a context can be fused if it is"),
-    "in float64": (lambda: Counted(), normal(CHAINS, 1).double(), r"got \[7, 1\] float64 on cpu"),
-    "one for all": (
-        lambda: Joined(lambda z, c: torch.cat([z, c.expand(len(z), -1)], 1)),
-        C[0],
-        r"if it is \[7, context_dim\] float32 on cpu, got \[3\] float32",
-    ),
+    "multiplied": (lambda: Film(None), C, "mul with a condition, other than added or joined before the first activa"),
+    "in a later layer": (lambda: Later(), C, "cat with a condition, other than added or joined before"),
+    "of another number of chains": (lambda: Joined(lambda z, c: torch.cat([z, c], 1)), C[:5], "Sizes of tensors"),
 }
 
 
 @pytest.mark.parametrize(("make", "context", "reason"), REFUSED.values(), ids=REFUSED)
 def test_everything_else_is_named_and_still_right(make, context, reason):
-    net = make() if make is not Film else Film(None)
+    net = make()
     sampler = jf.FastLangevin(net, n_steps=5)
     with pytest.raises(AssertionError, match=f"not recognised as an MLP: .*{reason}"):
         raise AssertionError(sampler.explain(Z, context=context))
+    if len(context) != CHAINS:
+        with pytest.raises(RuntimeError, match="Sizes of tensors"):
+            sampler(Z, context=context)
+        return
     plain = jf.FastLangevin(lambda z, context: net(z, context), n_steps=5)
     ours = sampler(Z, context=context, noise_key=3)
     assert torch.equal(ours, plain(Z, context=context, noise_key=3))
+
+
+# --- conditions that enter the first layer in other ways: read by running the forward (probing.py)
+
+
+class Conditioned(nn.Module):
+    """f(z, c) by a function of (module, z, c), with layers to make something of c."""
+
+    def __init__(self, written):
+        super().__init__()
+        torch.manual_seed(7)
+        self.written, self.embed, self.table = written, nn.Linear(CONTEXT, CONTEXT), nn.Embedding(5, CONTEXT)
+        self.net, self.beside, self.logits = body(), nn.Linear(CONTEXT, 12), nn.Linear(9, 4)
+
+    def forward(self, z, context=None, y=None):
+        return self.written(self, z, context if y is None else y)
+
+    def hidden(self, z):
+        return self.net[:4](z)
+
+
+def sinusoids(t):
+    return torch.cat([torch.sin(t[:, None] * 3.0 ** -torch.arange(2)), t[:, None].cos()], 1)
+
+
+def behind(m, z, c):
+    """The condition joins the pre-activation of the first layer."""
+    first = F.linear(z, m.net[0].weight[:, :DIM], m.net[0].bias)
+    return m.net[1:](first + m.beside(c))
+
+
+Y = torch.tensor([0, 3, 1, 2, 3, 0, 1])
+TIMES = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3, 0.3, 0.7])
+ELSEWHERE = {
+    "embedded": (lambda m, z, c: m.net(torch.cat([z, torch.tanh(m.embed(c))], 1)), {"context": C}),
+    "beside the first layer": (behind, {"context": C}),
+    "of the neighbour": (lambda m, z, c: m.net(torch.cat([z, torch.cat([c[1:], c[:1]])], 1)), {"context": C}),
+    "times of the chains": (lambda m, z, t: m.net(torch.cat([z, sinusoids(t)], 1)), {"context": TIMES}),
+    "one time for all": (
+        lambda m, z, t: m.net(torch.cat([z, sinusoids(t).expand(len(z), -1)], 1)) * t, {"context": TIMES[:1]}
+    ),
+    "one condition for all": (
+        lambda m, z, c: m.net(torch.cat([z, c.expand(len(z), -1)], 1)), {"context": C[0]}
+    ),
+    "steps as whole numbers": (lambda m, z, t: m.net(torch.cat([z, m.table(t)], 1)), {"context": Y}),
+    "in float64": (lambda m, z, c: m.net(torch.cat([z, c.to(z.dtype)], 1)), {"context": C.double()}),
+    "an embedded label": (lambda m, z, y: m.net(torch.cat([z, m.table(y)], 1)), {"y": Y}),
+    "a label one-hot": (
+        lambda m, z, y: m.net(torch.cat([z, F.one_hot(y, 4)[:, :CONTEXT].to(z.dtype)], 1)), {"y": Y}
+    ),
+    "one label": (lambda m, z, y: m.logits(m.hidden(torch.cat([z, z[:, :CONTEXT]], 1)))[:, y], {"y": 2}),
+    "gathered logit": (
+        lambda m, z, y: m.logits(m.hidden(torch.cat([z, z[:, :CONTEXT]], 1))).gather(1, y[:, None]), {"y": Y}
+    ),
+    "indexed logit, negative": (
+        lambda m, z, y: -m.logits(m.hidden(torch.cat([z, z[:, :CONTEXT]], 1)))[torch.arange(len(z)), y], {"y": Y}
+    ),
+    "label and its logit": (
+        lambda m, z, y: 2.0 * m.logits(m.hidden(torch.cat([z, m.table(y)], 1)))[range(len(z)), y], {"y": Y}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "given"), ELSEWHERE.values(), ids=ELSEWHERE)
+@pytest.mark.parametrize("maximize", [True, False])
+def test_conditions_that_enter_the_first_layer_in_any_way(written, given, maximize):
+    net = Conditioned(written)
+    sampler = jf.FastLangevin(net, n_steps=5, maximize=maximize)
+    assert "not recognised" not in sampler.explain(Z, **given), sampler.explain(Z, **given)
+    plain = jf.FastLangevin(lambda z, **given: net(z, **given), n_steps=5, maximize=maximize)
+    others = {name: value.flip(0) * 1 if torch.is_tensor(value) else 3 for name, value in given.items()}
+    for options in (given, others):
+        end, info = sampler.sample(Z, noise_key=3, return_info=True, **options)
+        expected, told = plain.sample(Z, noise_key=3, return_info=True, **options)
+        for a, b in zip((end, *info[:3]), (expected, *told[:3]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    if "context" in given or torch.is_tensor(given["y"]):
+        assert jf.verify(sampler, Z, show=False, **given).passed
+    assert sum(entry.times for entry in _examined[net].values()) == 1
+
+
+def test_more_chains_and_one_chain_of_a_conditioned_net():
+    net = Conditioned(ELSEWHERE["an embedded label"][0])
+    sampler = jf.FastLangevin(net, n_steps=5)
+    plain = jf.FastLangevin(lambda z, y: net(z, y=y), n_steps=5)
+    for n in (1, 2, 40):
+        z, y = normal(n, DIM), torch.arange(n) % 5
+        torch.testing.assert_close(sampler(z, y=y, noise_key=1), plain(z, y=y, noise_key=1), rtol=1e-4, atol=1e-5)
 
 
 def test_a_condition_does_not_reach_compiled_graphs_unseen():
@@ -191,3 +248,18 @@ def test_a_condition_does_not_reach_compiled_graphs_unseen():
     (known,) = sampler._source._known
     assert known[-1][0].widths[0] == DIM
     assert not source._known
+
+
+def test_a_condition_of_another_name_is_refused_with_the_remedy():
+    class Named(nn.Module):
+        def forward(self, z, condition):
+            return torch.cat([z, condition], 1).sum(1)
+
+    for energy, arguments in (
+        (Named(), r"\(z, condition\)"),
+        (nn.Sequential(nn.Linear(DIM, 1)), r"\(input\)"),
+        (lambda z, c: z.sum(1), r"\(z, c\)"),
+        (Named().forward, r"\(z, condition\)"),
+    ):
+        with pytest.raises(ValueError, match=f"which .* does not take: its arguments are {arguments}; give a module"):
+            jf.FastLangevin(energy, n_steps=1)(Z, context=C)

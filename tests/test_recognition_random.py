@@ -10,8 +10,9 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import jlebm_fast as jf
+from jlebm_fast.energy_source import EnergySource
 from jlebm_fast.latents import flatten_latents
-from jlebm_fast.recognition import EnergySource, Recognised
+from jlebm_fast.recognition import Recognised
 
 ACTIVATIONS = (
     nn.ReLU,
@@ -66,7 +67,7 @@ def test_random_energies_are_recognised_and_right(seed):
         for _ in range(200):
             net(z)
     net.train(choose.random() < 0.5)
-    found = EnergySource(net).found(flatten_latents(z)[1], {})
+    found = EnergySource(net).found(flatten_latents(z)[1])
     assert isinstance(found, Recognised), found
     value, grad = jf.energy_and_grad(net, z)
     expected, expected_grad = jf.energy_and_grad(lambda z: net(z), z)

@@ -169,28 +169,20 @@ def test_in_a_compiled_graph():
 
 
 ELSE = {
-    "another depth": (lambda nets, z: nets[0](z) + nets[1](z), (net(6), net(6, (4,))), "in the number of layers"),
+    "another depth": (lambda nets, z: nets[0](z) + nets[1](z), (net(6), net(6, (4,))), "joins values of different l"),
     "other activations": (lambda nets, z: nets[0](z) + nets[1](z), (net(6), net(6, activation=nn.ReLU)), "activations"),
     "too wide": (lambda nets, z: nets[0](z) + nets[1](z), (net(6, (300, 4)), net(6, (300, 4))), "600 units"),
     "heads": (
         lambda nets, z: nets[0](z).logsumexp(1) + nets[1](z).logsumexp(1),
         (net(6, out=3), net(6, out=3)),
-        "more than one logit",
+        "add of the reduced logits",
     ),
-    "one of a stack": (
-        lambda nets, z: torch.cat([f(z) for f in nets], 1)[:, 0],
+    "other chains": (
+        lambda nets, z: nets[0](z) + nets[1](z)[[*range(1, len(z)), 0]],
         (net(6), net(6)),
-        "several networks one by one",
+        "does not reproduce",
     ),
-    "part of a stack": (
-        lambda nets, z: torch.cat([f(z) for f in nets], 1)[:, :2].sum(1),
-        (net(6), net(6), net(6)),
-        "something else than all",
-    ),
-    "other chains": (lambda nets, z: nets[0](z) + nets[1](z)[[*range(1, len(z)), 0]], (net(6), net(6)), "other chains"),
-    "residual": (lambda nets, z: nets[1](nets[0](z) + z), (net(6, out=6), net(6)), "is not an operation of an MLP"),
-    "a constant": (lambda nets, z: nets[0](z) + 3.0, (net(6),), "is not an operation of an MLP"),
-    "hidden": (lambda nets, z: nets[1](nets[0](z) + nets[0](z)), (net(6, out=6), net(6)), "is not an operation"),
+    "residual": (lambda nets, z: nets[1](nets[0](z) + z), (net(6, out=6), net(6)), "joins values of different layers"),
 }  # fmt: skip
 
 
@@ -200,5 +192,26 @@ def test_what_is_no_such_sum_is_named_and_run_by_autograd(case):
     energy = Networks(add, *nets)
     chain = jf.FastLangevin(energy, n_steps=3)
     assert why in chain.explain(Z), chain.explain(Z)
+    expected = jf.FastLangevin(lambda z: energy(z), n_steps=3).sample(Z, noise_key=3)
+    torch.testing.assert_close(chain.sample(Z, noise_key=3), expected)
+
+
+AS_ONE = {
+    "one of a stack": (lambda nets, z: torch.cat([f(z) for f in nets], 1)[:, 0], (net(6), net(6))),
+    "part of a stack": (
+        lambda nets, z: torch.cat([f(z) for f in nets], 1)[:, :2].sum(1), (net(6), net(6), net(6))
+    ),
+    "a constant": (lambda nets, z: nets[0](z) + 3.0, (net(6),)),
+    "hidden": (lambda nets, z: nets[1](nets[0](z) + nets[0](z)), (net(6, out=6), net(6))),
+    "networks and a parameter": (lambda nets, z: nets[0](z) - 2.5 * nets[1](z) + nets[1][0].bias[0], (net(6), net(6))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AS_ONE)
+def test_sums_that_only_a_run_of_the_forward_reads(case):
+    add, nets = AS_ONE[case]
+    energy = Networks(add, *nets)
+    chain = jf.FastLangevin(energy, n_steps=3)
+    assert "by a run of its own forward" in chain.explain(Z), chain.explain(Z)
     expected = jf.FastLangevin(lambda z: energy(z), n_steps=3).sample(Z, noise_key=3)
     torch.testing.assert_close(chain.sample(Z, noise_key=3), expected)

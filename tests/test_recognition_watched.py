@@ -12,8 +12,10 @@ from reference import published_loop
 from torch import nn
 
 import jlebm_fast as jf
+from jlebm_fast.energy_source import EnergySource
 from jlebm_fast.latents import flatten_latents
-from jlebm_fast.recognition import EnergySource, Recognised, Unrecognised
+from jlebm_fast.probing import Probed
+from jlebm_fast.recognition import Recognised
 
 OUTSIDE = {"scale": 1.0}
 
@@ -225,7 +227,7 @@ def test_a_change_is_seen(what):
     module = make()
     prior = jf.FastLangevin(module, n_steps=8, step_size=0.4)
     assert_right(prior, module)
-    found = EnergySource(module).found(flatten_latents(Z)[1], {})
+    found = EnergySource(module).found(flatten_latents(Z)[1])
     assert isinstance(found, Recognised) == (what in WATCHED), found
     change(module)
     assert_right(prior, module)
@@ -245,11 +247,15 @@ def test_a_hook_of_all_modules_runs(make):
     assert_right(prior, module)
 
 
-def test_numbers_of_other_origin_are_named():
+def test_numbers_of_other_origin_are_read_at_every_call():
     OUTSIDE["scale"] = 1.0
-    found = EnergySource(Scaled(lambda m: OUTSIDE["scale"])).found(flatten_latents(Z)[1], {})
-    assert isinstance(found, Unrecognised)
-    assert "the number 1.0, which is neither written in the module's code nor an attribute" in found.reason
+    module = Scaled(lambda m: OUTSIDE["scale"])
+    assert isinstance(EnergySource(module).found(flatten_latents(Z)[1]), Probed)
+    prior = jf.FastLangevin(module, n_steps=8, step_size=0.4)
+    for scale in (1.0, -2.0, 0.5):
+        OUTSIDE["scale"] = scale
+        assert_right(prior, module)
+    assert "examined" not in prior.explain(Z)
 
 
 def test_examining_in_one_thread_leaves_the_noise_of_another_alone():
@@ -293,7 +299,7 @@ def test_what_wraps_an_energy_mlp_is_looked_through(norm, training):
     prior = jf.FastLangevin(module, n_steps=8, step_size=0.4)
     for _ in range(2):
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        assert isinstance(EnergySource(module).found(flatten_latents(Z)[1], {}), Recognised)
+        assert isinstance(EnergySource(module).found(flatten_latents(Z)[1]), Recognised)
         prior(Z)
         assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.named_buffers())
         assert_right(prior, module)  # the module's own forward writes them in training
@@ -311,8 +317,7 @@ def test_a_weight_of_an_energy_mlp_that_is_divided_by_something_else_is_not_take
             return z
 
     module = Halved(True)
-    found = EnergySource(module).found(flatten_latents(Z)[1], {})
-    assert "cannot be computed outside its forward" in found.reason
+    assert isinstance(EnergySource(module).found(flatten_latents(Z)[1]), Probed)
     assert_right(jf.FastLangevin(module, n_steps=8, step_size=0.4), module.eval())
 
 
@@ -320,10 +325,10 @@ def test_modules_that_cannot_be_watched_run_through_autograd():
     scripted = torch.jit.trace(mlp(), Z)
     lazy = nn.Sequential(nn.LazyLinear(14), nn.Tanh(), nn.LazyLinear(1))
     for module, reason in ((scripted, "scripted or traced"), (lazy, "call it once")):
-        found = EnergySource(module).found(flatten_latents(Z)[1], {})
+        found = EnergySource(module).found(flatten_latents(Z)[1])
         assert reason in found.reason
         assert jf.FastLangevin(module, n_steps=2)(Z).shape == Z.shape
-    assert isinstance(EnergySource(lazy).found(flatten_latents(Z)[1], {}), Recognised)
+    assert isinstance(EnergySource(lazy).found(flatten_latents(Z)[1]), Recognised)
 
 
 def test_a_context_made_in_inference_mode():

@@ -8,8 +8,9 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.testing._internal.two_tensor import TwoTensor
 
 import jlebm_fast as jf
+from jlebm_fast.energy_source import EnergySource
 from jlebm_fast.latents import flatten_latents
-from jlebm_fast.recognition import EnergySource, Recognised
+from jlebm_fast.recognition import Recognised
 
 
 def normal(*shape, seed=31):
@@ -20,7 +21,7 @@ FLAT = normal(6, 10)
 
 
 def found(net, z):
-    return EnergySource(net).found(flatten_latents(z)[1], {})
+    return EnergySource(net).found(flatten_latents(z)[1])
 
 
 def two_layers():

@@ -13,8 +13,9 @@ from torch import nn
 import jlebm_fast as jf
 from jlebm_fast import recognition
 from jlebm_fast.backends import _native
+from jlebm_fast.energy_source import EnergySource
 from jlebm_fast.latents import flatten_latents
-from jlebm_fast.recognition import EnergySource, Recognised
+from jlebm_fast.recognition import Recognised
 from jlebm_fast.watching import Guards
 
 
@@ -82,7 +83,7 @@ def test_what_is_known_keeps_no_module_alive_that_names_itself(kept):
     module = WithMethod(kept)
     for _ in range(2):
         jf.FastLangevin(module, n_steps=1)(Z)
-    assert isinstance(EnergySource(module).found(flatten_latents(Z)[1], {}), Recognised)
+    assert isinstance(EnergySource(module).found(flatten_latents(Z)[1]), Recognised)
     gone = weakref.ref(module)
     del module
     gc.collect()
@@ -121,7 +122,9 @@ def test_a_training_loop_is_examined_once(make, monkeypatch):
     """Each step runs the module's own forward, which may write attributes: the published loop of every such prior."""
     examined = []
     examine = recognition.recognise
-    monkeypatch.setattr(recognition, "recognise", lambda *given: examined.append(1) or examine(*given))
+    monkeypatch.setattr(
+        recognition, "recognise", lambda *given, **options: examined.append(1) or examine(*given, **options)
+    )
     torch.manual_seed(5)
     module = make()
     prior = jf.FastLangevin(module, n_steps=8, step_size=0.4)
@@ -133,7 +136,7 @@ def test_a_training_loop_is_examined_once(make, monkeypatch):
         (module(z).mean() - module(Z).mean()).backward()
         optimizer.step()
     assert len(examined) == 1
-    assert isinstance(EnergySource(module).found(flatten_latents(Z)[1], {}), Recognised)
+    assert isinstance(EnergySource(module).found(flatten_latents(Z)[1]), Recognised)
 
 
 class Counting(Holding):
@@ -151,6 +154,9 @@ def test_explain_says_what_had_a_module_examined_again():
         module(Z)
     assert "examined 4 times" in prior.explain(Z)
     assert "attribute 'calls' of the module itself had changed" in prior.explain(Z)
+    module = Holding()
+    prior = jf.FastLangevin(module, n_steps=1)
+    prior(Z)
     module.net[1] = nn.Sigmoid()
     assert "child '1' of layer 'net' had changed" in prior.explain(Z)
     module.net[0].bias = None

@@ -98,7 +98,7 @@ def mlp_langevin_chain(
     wide = _WideMLP(mlp, z.shape[0])
     for first in range(0, z.shape[0], wide.group):
         rows = slice(first, first + wide.group)
-        mine = _rows_of(update, first, rows)
+        mine = rows_of(update, first, rows)
         at = z[rows]
         for step in range(n_steps):
             energy, grad = wide.energy_grad(at, first)
@@ -108,7 +108,7 @@ def mlp_langevin_chain(
         result.z[rows] = at
 
 
-def _rows_of(update: Update, first: int, rows: slice) -> Update:
+def rows_of(update: Update, first: int, rows: slice) -> Update:
     """The update of a group of chains."""
 
     def per_chain(t: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@ Written to be read, not to be fast; any device, float32 and float64. The formula
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +190,14 @@ def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor:
     return _updated(z, grad, update, 0)
 
 
-def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:
+def mlp_langevin_chain(
+    z: Tensor,
+    mlp: MLP,
+    update: Update,
+    n_steps: int,
+    record: Record,
+    energy_grad: Callable[[Tensor, MLP], tuple[Tensor, Tensor]] = mlp_energy_grad,
+) -> ChainResult:
     """n_steps updates with the MLP's own gradient."""
     chains, dim = z.shape
     n_kept = n_steps // record.thin
@@ -201,7 +209,7 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
         trajectory = z.new_empty(n_kept, chains, dim)
     z = z.clone()
     for k in range(n_steps):
-        energy, grad = mlp_energy_grad(z, mlp)
+        energy, grad = energy_grad(z, mlp)
         z_new = _updated(z, grad, update, k)
         if record.diagnostics:
             bad = ~torch.isfinite(z_new).all(dim=1)

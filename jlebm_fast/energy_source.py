@@ -1,0 +1,260 @@
+"""Where a sampler finds its energy, whatever it was given: an EnergyMLP, somebody's module or method, a callable."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .checks import SUPPORTED_DTYPES, describe, dtype_name
+from .energy import EnergyLinear, EnergyMLP
+from .latents import LatentLayout
+from .modes import chain_mode
+from .probing import NO_CONDITIONS, Conditions, OtherPath, Probed
+from .problem import MLP
+from .recognised import Recognised
+from .recognition import Unrecognised, examined, give_up_on, recognised
+from .watching import HOOKS_OF_ALL
+
+_CPU = torch.device("cpu")
+_DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+class EnergySource:
+    """Where the sampler finds its energy: an EnergyMLP, a recognised module, or a callable for autograd."""
+
+    def __init__(self, energy: nn.Module | Callable[..., Tensor]) -> None:
+        self.energy = energy
+        self._known: list[tuple] = []
+        self.was_mlp = True  # until a call finds that it is none: whether `plain_mlp` is worth asking
+
+    def __reduce__(self) -> tuple:
+        return EnergySource, (self.energy,)
+
+    def known(self, layout: LatentLayout, training: bool) -> tuple | None:
+        """(spec, columns, sites) of a module that an earlier call recognised, for `in_graph.py`; None if none did."""
+        for dims, listed, mode, structure in self._known:
+            if dims == layout.dims and listed == (layout.container is not Tensor) and mode == training:
+                return structure
+        return None
+
+    def _remember(self, found: Recognised | Probed, layout: LatentLayout, training: bool) -> None:
+        if found.plain is None or self.method != "forward" or (self._known and self._known[-1][-1] is found.plain):
+            return
+        key = (layout.dims, layout.container is not Tensor, training)
+        self._known = [entry for entry in self._known if entry[:3] != key] + [(*key, found.plain)]
+
+    @property
+    def net(self) -> nn.Module | Callable[..., Tensor]:
+        """The module itself, out of wrappers that only distribute or compile it; of a module's method the module."""
+        net = self.energy
+        if type(net) is types.MethodType and isinstance(net.__self__, nn.Module):
+            return net.__self__
+        while True:
+            if _is_compiled(net):
+                net = net._orig_mod
+            elif isinstance(net, _DISTRIBUTED):
+                net = net.module
+            else:
+                return net
+
+    @property
+    def method(self) -> str:
+        """The method of `net` that takes the latents."""
+        return self.energy.__name__ if type(self.energy) is types.MethodType else "forward"
+
+    def name(self) -> str:
+        return getattr(self.energy, "__name__", type(self.energy).__name__)
+
+    def callable(self, changed: dict[str, Tensor] | None = None) -> Callable[..., Tensor]:
+        """The energy for autograd; a module runs on clones of its buffers, made once per chain, or on changed ones."""
+        energy = self.energy
+        if not isinstance(energy, nn.Module):
+            return energy
+        while isinstance(energy, _DISTRIBUTED):
+            energy = energy.module
+        buffers = {name: buffer.clone() for name, buffer in energy.named_buffers()} | (changed or {})
+        if not buffers:
+            return energy
+        return lambda z, **options: torch.func.functional_call(energy, buffers, (z,), options)
+
+    def found(
+        self, layout: LatentLayout, conditions: Conditions = NO_CONDITIONS, *, anew: bool = False
+    ) -> Recognised | Probed | Unrecognised:
+        """What is known about an energy that is no EnergyMLP, under such conditions."""
+        net = self.net
+        if not isinstance(net, nn.Module):
+            return Unrecognised("it is a plain callable; pass the nn.Module, or a method of it, to have it examined")
+        method = self.method
+        if method != "forward" and getattr(type(net), method, None) is not self.energy.__func__:
+            return Unrecognised(f"{method} is no method of the class {type(net).__name__}")
+        return recognised(net, layout, method, conditions, anew=anew)
+
+    def _check_takes(self, given: Conditions) -> None:
+        """Whether the energy has arguments of those names, as far as Python can tell.
+
+        Raises:
+            ValueError: it has none of a name.
+        """
+        net = self.net
+        function = self.energy if self.method != "forward" or not isinstance(net, nn.Module) else net.forward
+        try:
+            parameters = inspect.signature(function).parameters
+        except (TypeError, ValueError):
+            return
+        kinds = {parameter.kind for parameter in parameters.values()}
+        missing = [name for name in given.options if name not in parameters]
+        if missing and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise ValueError(
+                f"{missing[0]} is passed to the energy as {missing[0]}=, which {self.name()} does not take: its "
+                f"arguments are ({', '.join(parameters)}); give a module whose forward(z, {missing[0]}) calls it"
+            )
+
+    def _read(
+        self, layout: LatentLayout, conditions: Conditions, sign: float
+    ) -> tuple[Recognised | Probed, MLP] | None:
+        """What was found, and the MLP that it is now; None where it is none."""
+        for anew in (False, True):
+            found = self.found(layout, conditions, anew=anew)
+            if isinstance(found, Unrecognised):
+                return None
+            try:
+                if isinstance(found, Probed):
+                    return found, found.mlp(sign, conditions)
+                return found, found.mlp(sign, conditions.options.get("context"))
+            except OtherPath:
+                continue
+        give_up_on(self.net, layout, self.method, conditions)
+        return None
+
+    def reason(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> str:
+        found = self.found(layout, conditions(flat, context, y))
+        return found.reason if isinstance(found, Unrecognised) else ""
+
+    def how(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> tuple[int, int]:
+        """Of how many networks a recognised module is the sum, and on how many rows of latents its forward runs for
+        its parameters; 0 where they are read from where they stand."""
+        if is_plain_energy_mlp(self.net):
+            return 1, 0
+        found = self.found(layout, conditions(flat, context, y))
+        if isinstance(found, Unrecognised):
+            return 1, 0
+        return found.n_terms, found.rows if isinstance(found, Probed) else 0
+
+    def examinations(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> tuple[int, str | None]:
+        """How often the module was examined for such latents, and what had changed before the latest time."""
+        net = self.net
+        entry = None
+        if isinstance(net, nn.Module):
+            entry = examined(net, layout, self.method, conditions(flat, context, y))
+        return (0, None) if entry is None else (entry.times, entry.change)
+
+    def mlp(
+        self, flat: Tensor, layout: LatentLayout, context: Tensor | None, y: Tensor | int | None, sign: float
+    ) -> MLP | None:
+        """sign · energy as the operations take it, with the parameters of this moment; None for autograd.
+
+        Raises:
+            ValueError: z, context or y does not fit the energy.
+        """
+        net = self.energy if type(self.energy) is EnergyMLP else self.net
+        self.was_mlp = False
+        if is_plain_energy_mlp(net) and self.method == "forward":
+            mlp = self._energy_mlp(net, flat, layout, context, y, sign)
+            self.was_mlp = True
+            return mlp
+        given = conditions(flat, context, y)
+        if given.options:
+            self._check_takes(given)
+        read = self._read(layout, given, sign)
+        if read is None:
+            return None
+        found, mlp = read
+        if context is None and y is None:
+            self._remember(found, layout, net.training)
+        self.was_mlp = True
+        weight = mlp.weights[0]
+        if weight.dtype not in SUPPORTED_DTYPES:
+            raise ValueError(f"parameters of the energy must be float32 or float64, got {dtype_name(weight.dtype)}")
+        if weight.dtype != flat.dtype or weight.device != flat.device:
+            raise ValueError(
+                f"z must be [chains, {mlp.spec.dim}] {dtype_name(weight.dtype)} on {weight.device}, "
+                f"got {describe(flat)}"
+            )
+        return mlp
+
+    def plain_mlp(self, layout: LatentLayout, sign: float, widest: int) -> MLP | None:
+        """`mlp` on the CPU without context or chosen logit, in any mode of the caller's; None where it takes more than
+        that, or has a layer wider than `widest`. Not yet compared with z; its tensors are for `cpu_plain.py`, which
+        reads no more than their memory."""
+        net = self.energy if type(self.energy) is EnergyMLP else self.net
+        if _runs_energy_mlp_forward(net) and self.method == "forward":
+            if net.context_dim or net.spec.widest > widest or net.spec.head == "logit":
+                return None
+            if layout.container is not Tensor and layout.dims != net.latent_dims:
+                return None
+            parameters = net.parameters_as_they_are()
+            if parameters is not None:
+                return MLP(net.spec if sign == 1.0 else net.spec.negated, *parameters)
+            if is_plain_energy_mlp(net):
+                with chain_mode(_CPU):
+                    mlp = net.mlp(None)
+                return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
+        found = self.found(layout)
+        if isinstance(found, Unrecognised):
+            self.was_mlp = False
+            return None
+        if found.spec.widest > widest:
+            return None
+        self._remember(found, layout, net.training)
+        try:
+            return found.plain_mlp(sign)
+        except OtherPath:
+            return None  # examined anew on the longer way
+
+    def _energy_mlp(
+        self,
+        net: EnergyMLP,
+        flat: Tensor,
+        layout: LatentLayout,
+        context: Tensor | None,
+        y: Tensor | int | None,
+        sign: float,
+    ) -> MLP:
+        if layout.container is not Tensor and layout.dims != net.latent_dims:
+            raise ValueError(f"z must be layers of widths {net.latent_dims}, got {layout.dims}")
+        net.check_z(flat)
+        # the parameters themselves where possible: a chain runs outside autograd
+        mlp = net.mlp(flat, context, y)
+        return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
+
+
+def is_plain_energy_mlp(net: object) -> bool:
+    """An EnergyMLP whose forward is EnergyMLP's: no subclass that changes it, no hook, no foreign normalisation."""
+    # a parametrised layer is of a class of its own
+    return _runs_energy_mlp_forward(net) and set(map(type, net._modules["layers"]._modules.values())) == {EnergyLinear}
+
+
+def _runs_energy_mlp_forward(net: object) -> bool:
+    if not isinstance(net, EnergyMLP) or type(net).forward is not EnergyMLP.forward or "forward" in net.__dict__:
+        return False
+    return not (net._forward_hooks or net._forward_pre_hooks or any(HOOKS_OF_ALL))
+
+
+def _is_compiled(net: object) -> bool:
+    """Whether it is what torch.compile makes of a module."""
+    # the module that defines it takes seconds to import, and was imported if anything was compiled
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and isinstance(net, compiler.OptimizedModule)
+
+
+def conditions(flat: Tensor, context: object, y: object) -> Conditions:
+    """What an energy of the chains [chains, dim] is called with besides z."""
+    if context is None and y is None:
+        return NO_CONDITIONS
+    given = {name: value for name, value in (("context", context), ("y", y)) if value is not None}
+    return Conditions.of(given, flat.shape[0])

@@ -1,0 +1,121 @@
+"""What both ways of reading a module's forward have in common: every torch call of it is seen, and named by its layer.
+
+`tracing.py` follows entries through it to the parameters behind, `following.py` which layer a tensor is affine in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .energy import EnergyLinear
+
+# fmt: off
+REARRANGING = frozenset((
+    "cat", "concat", "concatenate", "hstack", "column_stack", "stack", "view", "reshape", "squeeze", "unsqueeze",
+    "flatten", "unflatten", "getitem", "narrow", "split", "chunk", "tensor_split", "unbind", "permute", "transpose",
+    "t", "T", "mT", "swapaxes", "swapdims", "movedim", "select", "index_select", "view_as", "reshape_as", "ravel",
+))
+JOINING = frozenset(("cat", "concat", "concatenate", "hstack", "column_stack", "stack", "vstack"))
+ADDING = frozenset(("add", "radd", "iadd", "sub", "rsub", "isub", "subtract"))
+KEEPING = frozenset((
+    "contiguous", "clone", "to", "double", "type", "type_as", "detach", "data", "requires_grad", "alias",
+))
+READING = frozenset(("item", "bool", "float", "int", "tolist", "numpy", "array", "index", "equal", "allclose",
+                     "is_nonzero"))
+HOOKING = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
+DRAWING = frozenset((
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli",
+    "multinomial", "poisson", "binomial", "uniform", "exponential", "cauchy", "log_normal", "geometric", "random",
+    "gumbel_softmax",
+))
+DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout",
+                      "feature_alpha_dropout"))
+# fmt: on
+
+L = TypeVar("L")
+
+
+class ForwardObserver(TorchFunctionMode, Generic[L]):
+    """Sees every torch call while a module runs; keeps a label of some tensors, and knows which layer is running."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.labels: dict[int, tuple[Tensor, L]] = {}
+        self.refused: str | None = None
+        self.stack: list[tuple[str, nn.Module]] = []
+        self._hooks = []
+        for path, module in net.named_modules():
+            if isinstance(module, EnergyLinear):  # its own forward is never run, and a hook on it refused
+                continue
+            self._hooks.append(
+                module.register_forward_pre_hook(lambda m, _, path=path: self.stack.append((path, m)), prepend=True)
+            )
+            self._hooks.append(module.register_forward_hook(lambda *_: (self.stack.pop(), None)[1]))
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def put(self, tensor: Tensor, label: L) -> None:
+        # the tensor is kept alive, or its id could be given to another
+        self.labels[id(tensor)] = (tensor, label)
+
+    def get(self, tensor: object) -> L | None:
+        found = self.labels.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        return None if found is None else found[1]
+
+    def where(self) -> str:
+        path, module = self.stack[-1] if self.stack else ("", self.net)
+        return f"layer '{path}' ({type(module).__name__})" if path else f"the forward of {type(module).__name__}"
+
+
+class InFloat64(TorchFunctionMode):
+    """While a float64 copy runs, a cast to float32 keeps what is in float64."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func is Tensor.float and args[0].dtype is torch.float64 else func(*args, **(kwargs or {}))
+
+
+def draws(name: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """What would draw random numbers; None of everything else."""
+    if name in DROPOUTS:
+        training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+        p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        return f"active dropout (p = {p}, training mode)" if training and p > 0 else None
+    return f"a random draw ({name})" if name in DRAWING else None
+
+
+def activation_of(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[str, float] | None:
+    """(catalogue name, parameter) of a torch call, or None where it is no activation we know."""
+
+    def option(keyword: str, position: int, default: float) -> float:
+        return kwargs.get(keyword, args[position] if len(args) > position else default)
+
+    if name in ("relu", "silu", "mish", "tanh", "sigmoid"):
+        return name, 0.0
+    if name == "leaky_relu":
+        return name, float(option("negative_slope", 1, 0.01))
+    if name == "celu" and option("alpha", 1, 1.0) == 1.0:
+        return "elu", 1.0
+    if name == "elu" and option("scale", 2, 1.0) in (1.0, False) and option("input_scale", 3, 1.0) == 1.0:
+        return name, float(option("alpha", 1, 1.0))
+    if name == "softplus" and option("threshold", 2, 20.0) == 20.0:
+        return name, float(option("beta", 1, 1.0))
+    if name == "gelu":
+        return ("gelu" if option("approximate", 1, "none") == "none" else "gelu_tanh"), 0.0
+    return None
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        name = func.__self__.__name__
+    return name.strip("_")
