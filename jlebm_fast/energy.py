@@ -61,6 +61,10 @@ def _own(layers: Sequence[EnergyLinear], name: str) -> list[Tensor | None]:
     ]
 
 
+def _is_hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 def effective_weights(layers: Sequence[EnergyLinear], *, keep_vectors: bool = False) -> list[Tensor]:
     """The weight of each layer as the energy uses it; all norms are converged in one go.
 
@@ -74,10 +78,10 @@ def effective_weights(layers: Sequence[EnergyLinear], *, keep_vectors: bool = Fa
             )
     weights, normed = _own(layers, "weight"), []
     for place, layer in enumerate(layers):
-        if layer._forward_pre_hooks or layer._forward_hooks:
+        if _is_hooked(layer):
             raise ValueError(
-                "a layer of an EnergyMLP carries a forward hook (an old-style norm, pruning), which its fused forward "
-                "never runs; use EnergyMLP(spectral_norm=True), or torch.nn.utils.parametrize"
+                "a layer of an EnergyMLP carries a hook (an old-style norm, pruning), which its fused forward never "
+                "runs; use EnergyMLP(spectral_norm=True), or torch.nn.utils.parametrize"
             )
         if layer.spectral_norm:
             normed.append((place, layer))
@@ -344,8 +348,7 @@ class EnergyMLP(nn.Module):
             if (
                 type(layer) is not EnergyLinear  # a parametrised layer is of a class of its own
                 or layer.spectral_norm
-                or layer._forward_hooks
-                or layer._forward_pre_hooks
+                or _is_hooked(layer)
                 or "weight" not in parameters
             ):
                 return None

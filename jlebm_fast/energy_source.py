@@ -135,15 +135,18 @@ class EnergySource:
         found = self.found(layout, conditions(flat, context, y))
         return found.reason if isinstance(found, Unrecognised) else ""
 
-    def how(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> tuple[int, int]:
-        """Of how many networks a recognised module is the sum, and on how many rows of latents its forward runs for
-        its parameters; 0 where they are read from where they stand."""
+    def how(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> tuple[int, str | None]:
+        """Of how many networks a recognised module is the sum, and how its parameters are read if not from where they
+        stand."""
         if is_plain_energy_mlp(self.net):
-            return 1, 0
+            return 1, None
         found = self.found(layout, conditions(flat, context, y))
         if isinstance(found, Unrecognised):
-            return 1, 0
-        return found.n_terms, found.rows if isinstance(found, Probed) else 0
+            return 1, None
+        if not isinstance(found, Probed):
+            return found.n_terms, None
+        why = "" if found.why is None else f", because its code looks at {found.why}"
+        return 1, f"parameters by a run of its own forward on {found.rows} rows per call{why}"
 
     def examinations(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> tuple[int, str | None]:
         """How often the module was examined for such latents, and what had changed before the latest time."""
@@ -242,7 +245,8 @@ def is_plain_energy_mlp(net: object) -> bool:
 def _runs_energy_mlp_forward(net: object) -> bool:
     if not isinstance(net, EnergyMLP) or type(net).forward is not EnergyMLP.forward or "forward" in net.__dict__:
         return False
-    return not (net._forward_hooks or net._forward_pre_hooks or any(HOOKS_OF_ALL))
+    hooked = net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks
+    return not (hooked or any(HOOKS_OF_ALL))
 
 
 def _is_compiled(net: object) -> bool:

@@ -21,6 +21,7 @@ from .latents import LatentLayout, flatten_latents, flatten_mask
 from .problem import MLP, MLPSpec, Record, Update
 from .recognised import assembled
 from .rng import noise_key_of
+from .snapshots import HOOKS
 
 if TYPE_CHECKING:
     from .sampler import FastLangevin
@@ -78,7 +79,7 @@ def mlp_of(
 ) -> MLP | None:
     """The energy's parameters as tensors of the graph; None where the energy is no MLP, or not known to be one."""
     source, net = sampler._source, sampler._source.energy
-    hooked = isinstance(net, nn.Module) and (net._forward_hooks or net._forward_pre_hooks)
+    hooked = isinstance(net, nn.Module) and any(getattr(net, name) for name in HOOKS)
     if isinstance(net, EnergyMLP) and type(net).forward is EnergyMLP.forward and not hooked:
         if layout.container is not Tensor and layout.dims != net.latent_dims:
             raise ValueError(f"z must be layers of widths {net.latent_dims}, got {layout.dims}")

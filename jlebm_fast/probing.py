@@ -100,7 +100,7 @@ class _Reader(TorchFunctionMode):
         self._wanted: dict[int, list[int]] = {}
         for call, leaf in wanted:
             self._wanted.setdefault(call, []).append(leaf)
-        self._count = 0
+        self.count = 0
         self.found: dict[Place, Tensor] = {}
         self.chosen: Tensor | None = None
 
@@ -108,8 +108,8 @@ class _Reader(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        call, calls = self._count, self._plan.calls
-        self._count += 1
+        call, calls = self.count, self._plan.calls
+        self.count += 1
         if call >= len(calls) or func != calls[call][0]:
             raise OtherPath
         if calls[call][1] is not None and numbers_in(args, kwargs) != calls[call][1]:
@@ -247,6 +247,7 @@ class Probed:
 
     plain = None  # nothing that a compiled graph could read
     n_terms = 1
+    why: str | None = None  # what its code looks at, so that no other way to read it can be trusted
 
     def __init__(self, forward: Forward, layout: LatentLayout, plan: Plan, like: Tensor) -> None:
         self._forward, self._layout, self._plan = forward, layout, plan
@@ -303,6 +304,8 @@ def read(
     z, alike = layout.restore(unit_vectors(rows, spec.dim, like)), conditions.rows([0] * rows).options
     with reader:
         forward(buffers, z, alike)
+    if reader.count != len(plan.calls):
+        raise OtherPath
     made = [reader.found[units.of].reshape(rows, -1) for units in plan.units]
     made.append(reader.found[plan.logits].reshape(rows, -1))
     of_layer = [[m for m, units in zip(made, plan.units) if units.layer == layer] for layer in range(1, len(seen))]

@@ -20,20 +20,23 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import random
 import weakref
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from .backends import eager
-from .checks import has_memory
+from .blind_spots import blind_spot
+from .checks import dtype_name, has_memory
 from .energy import EnergyLinear
 from .following import Follower, Seen
 from .latents import LatentLayout
-from .modes import chain_mode
+from .modes import capturing, chain_mode
 from .observing import InFloat64
 from .ops import check_spec
 from .probing import NO_CONDITIONS, Conditions, Forward, OtherPath, Plan, Probed, read
@@ -55,6 +58,7 @@ _FORWARD_ERRORS = (
 )
 _TEST_CHAINS = (3, 7)
 _TEST_TOLERANCE = 1e-9
+_OWN_TOLERANCE = 1e-2  # in the module's own type: of the largest value, generous to bfloat16's products on a GPU
 _LARGEST_TESTED = 1e6  # of a parameter: beyond, what is tested may overflow or cancel
 # a module that changed so often is read by a plan, which no change of an attribute makes void
 _MOST_TRACES = 3
@@ -66,7 +70,7 @@ class Unrecognised(NamedTuple):
     reason: str
 
 
-def _float64_copy(net: nn.Module) -> nn.Module:
+def _copy(net: nn.Module) -> nn.Module:
     # attributes computed by a forward (the weight of an old-style norm) are no leaves and refuse to be copied
     memo = {
         id(value): value.detach().clone()
@@ -74,7 +78,7 @@ def _float64_copy(net: nn.Module) -> nn.Module:
         for value in module.__dict__.values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    return copy.deepcopy(net, memo).to(torch.float64)
+    return copy.deepcopy(net, memo)
 
 
 def _replace_what_tests_nothing(net: nn.Module) -> None:
@@ -219,38 +223,117 @@ def recognise(
             return Unrecognised(f"'{name}' is a {type(tensor).__name__}, whose memory the fused kernels cannot read")
     hooked = foreign_hook(net)
     if hooked is not None:
-        return Unrecognised(f"{hooked} carries a forward hook, which the fused kernels would never run")
+        return Unrecognised(f"{hooked} carries a hook, which the fused kernels would never run")
     tensor = next(net.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
-    numbers = numbers_of(net)
     try:
-        twin = _float64_copy(net)
+        twin = _copy(net).to(torch.float64)
         _replace_what_tests_nothing(twin)
     except _FORWARD_ERRORS as error:
         return Unrecognised(f"it cannot be copied to be examined: {error}")
-    with chain_mode(device, gradients=True):
-        context_dim = _traceable_context(conditions)
-        if trace and context_dim is not None:
-            try:
-                # two runs: a forward that depends on the batch, or on the values in it, shows
-                first, second = (
-                    _trace(twin, method, layout, context_dim, n, scale, device, numbers)
-                    for n, scale in zip(_TEST_CHAINS, (1, 3), strict=True)
-                )
-                if first == second:
-                    return Recognised(net, first)
-            except Untraceable:
-                pass  # `_follow` understands more, and says why if it does not
+    spot = blind_spot(net, method)
+    generators = random.getstate(), _numpy_state()
+    try:
+        with chain_mode(device, gradients=True):
+            found = _examine(net, twin, layout, method, conditions, device, trace and spot is None)
+            if not capturing(device):
+                try:
+                    _test_in_its_own_type(net, layout, method, conditions, found, device)
+                except Untraceable:
+                    if isinstance(found, Probed):
+                        raise
+                    found = _examine(net, twin, layout, method, conditions, device, False)
+                    _test_in_its_own_type(net, layout, method, conditions, found, device)
+    except Untraceable as why:
+        return Unrecognised(str(why))
+    finally:
+        drawn = generators != (random.getstate(), _numpy_state())
+        random.setstate(generators[0])
+        _set_numpy_state(generators[1])
+    if drawn:
+        return Unrecognised("its forward draws from Python's or numpy's random generator")
+    if isinstance(found, Probed):
+        found.why = spot
+    return found
+
+
+def _examine(
+    net: nn.Module,
+    twin: nn.Module,
+    layout: LatentLayout,
+    method: str,
+    conditions: Conditions,
+    device: torch.device,
+    trace: bool,
+) -> Recognised | Probed:
+    """What a module is, by two runs of its float64 copy: a forward that depends on the batch, or on the values in it,
+    shows.
+
+    Raises:
+        Untraceable: it is no MLP.
+    """
+    runs = tuple(zip(_TEST_CHAINS, (1, 3), strict=True))
+    context_dim = _traceable_context(conditions)
+    if trace and context_dim is not None:
+        numbers = numbers_of(net)
         try:
-            first, second = (
-                _follow(twin, method, layout, conditions, n, scale, device)
-                for n, scale in zip(_TEST_CHAINS, (1, 3), strict=True)
-            )
-            if first == second and tensor is not None:
-                return Probed(Forward(net, method), layout, first, tensor)
-            return Unrecognised("its forward takes another path on another batch")
-        except Untraceable as why:
-            return Unrecognised(str(why))
+            first, second = (_trace(twin, method, layout, context_dim, n, scale, device, numbers) for n, scale in runs)
+            if first == second:
+                return Recognised(net, first)
+        except Untraceable:
+            pass  # `_follow` understands more, and says why if it does not
+    first, second = (_follow(twin, method, layout, conditions, n, scale, device) for n, scale in runs)
+    if first != second:
+        raise Untraceable("its forward takes another path on another batch")
+    like = next(net.parameters(), None)
+    if like is None:
+        raise Untraceable("it has no parameters")
+    return Probed(Forward(net, method), layout, first, like)
+
+
+def _test_in_its_own_type(
+    net: nn.Module,
+    layout: LatentLayout,
+    method: str,
+    conditions: Conditions,
+    found: Recognised | Probed,
+    device: torch.device,
+) -> None:
+    """A forward may look at the type of its tensors, which a float64 copy cannot show.
+
+    Raises:
+        Untraceable: it does.
+    """
+    like = next(net.parameters())
+    n = _TEST_CHAINS[0]
+    given = conditions.rows([i % max(conditions.chains, 1) for i in range(n)])
+    flat = torch.randn(n, layout.dim, generator=torch.Generator("cpu").manual_seed(n), device="cpu")
+    flat = flat.to(device, like.dtype)
+    try:
+        mlp = found.mlp(1.0, given) if isinstance(found, Probed) else found.mlp(1.0, given.options.get("context"))
+        # a copy, so that attributes that it writes stay as they are
+        twin = _copy(net)
+        own = Forward(twin, method)
+        with torch.no_grad():
+            value = own(own.buffers(), layout.restore(flat), given.options).reshape(-1).double()
+            expected = eager.mlp_forward(flat, mlp)[0].double()
+    except OtherPath:
+        raise Untraceable(f"its forward takes another path in {dtype_name(like.dtype)}") from None
+    except _FORWARD_ERRORS:
+        return  # the user's to see, when it runs
+    finite = bool(value.isfinite().all()) and bool(expected.isfinite().all())
+    if finite and not bool(((value - expected).abs() <= _OWN_TOLERANCE * (1 + expected.abs().max())).all()):
+        raise Untraceable(f"its forward computes something else in {dtype_name(like.dtype)} than in float64")
+
+
+def _numpy_state() -> tuple:
+    """The state of numpy's global generator, comparable."""
+    name, keys, *rest = np.random.get_state()
+    return name, tuple(keys.tolist()), *rest
+
+
+def _set_numpy_state(state: tuple) -> None:
+    np.random.set_state((state[0], np.array(state[1], dtype=np.uint32), *state[2:]))
 
 
 def _traceable_context(conditions: Conditions) -> int | None:

@@ -26,8 +26,8 @@ from .backends import _native
 
 PLAIN = (bool, int, float, str, type(None))
 OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_OF_NO_ACCOUNT = OF_EVERY_MODULE - {"_modules", "_parameters", *_HOOKS}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_NO_ACCOUNT = OF_EVERY_MODULE - {"_modules", "_parameters", *HOOKS}
 MOST_ENTRIES = 64  # entries looked at of a list or dict among a module's attributes
 _DEPTH = 4
 EMPTY_CELL = object()
@@ -96,7 +96,7 @@ def states_of(modules: Iterable[nn.Module | None]) -> list[tuple | None]:
             _attributes_of(module),
             {name: id(child) for name, child in module._modules.items()},
             {name: (type(p), shape_of(p), place_of(p)) for name, p in module._parameters.items()},
-            [len(module.__dict__[name]) for name in _HOOKS],
+            [len(module.__dict__[name]) for name in HOOKS],
         )
         for module in modules
     ]
@@ -173,7 +173,7 @@ class Objects:
                 self._add(value, 2, options=value)  # all of them
             elif name == "_parameters":
                 self._add_parameters(value)
-            elif name in _HOOKS:
+            elif name in HOOKS:
                 self._put("n", len(value))
             else:
                 self._add(value, _DEPTH, _options_of(name, value))

@@ -14,12 +14,15 @@ from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .snapshots import OF_EVERY_MODULE, Objects, changed_in, contents_of, frozen, states_of
+from .snapshots import HOOKS, OF_EVERY_MODULE, Objects, changed_in, contents_of, frozen, states_of
 
-_DEPTH_OUTSIDE = 2  # of what is no attribute of a module: a logger or data set must not be searched at every call
+DEPTH_OUTSIDE = 2  # of what is no attribute of a module: a logger or data set must not be searched at every call
 _NORM_HOOKS = (SpectralNorm, WeightNorm)
-# hooks that torch runs around the forward of every module
-HOOKS_OF_ALL = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+# hooks that torch runs around the forward and backward of every module
+HOOKS_OF_ALL = tuple(
+    getattr(nn.modules.module, f"_global_{name}_hooks")
+    for name in ("forward", "forward_pre", "backward", "backward_pre")
+)
 
 
 class Guards:
@@ -69,16 +72,16 @@ class Guards:
                 return f"'{name}', which its code names"
         if before[3] != now[3]:
             return "a variable that one of its functions sees"
-        return None if before == now else "the forward hooks of all modules"
+        return None if before == now else "the hooks of all modules"
 
     def _values_now(self) -> tuple:
         functions = [function() for function in self._functions]
         return (
             states_of(module() for module in self._modules),
             [forward_of(cls) for cls in self._forwards],
-            [frozen(holder.get(name), _DEPTH_OUTSIDE) for holder, name in self._names],
+            [frozen(holder.get(name), DEPTH_OUTSIDE) for holder, name in self._names],
             [
-                function and [frozen(contents_of(cell), _DEPTH_OUTSIDE) for cell in function.__closure__]
+                function and [frozen(contents_of(cell), DEPTH_OUTSIDE) for cell in function.__closure__]
                 for function in functions
             ],
             [len(hooks) for hooks in HOOKS_OF_ALL],
@@ -92,9 +95,9 @@ class Guards:
         for cls, forward in self._forwards.items():
             objects.add_forward(cls, forward)
         for holder, name in self._names:
-            objects.add_name(holder, name, _DEPTH_OUTSIDE)
+            objects.add_name(holder, name, DEPTH_OUTSIDE)
         for function in filter(None, (function() for function in self._functions)):
-            objects.add_closure(function, _DEPTH_OUTSIDE)
+            objects.add_closure(function, DEPTH_OUTSIDE)
         for hooks in HOOKS_OF_ALL:
             objects.add_length(hooks)
         return objects
@@ -111,7 +114,7 @@ def forward_of(cls: type) -> object:
 def classes_behind(net: nn.Module) -> Iterator[type]:
     """The classes of the net's modules and their bases, but for torch's own."""
     seen = {cls for module in net.modules() for cls in type(module).__mro__}
-    return (cls for cls in seen if cls is not object and not _is_of_torch(cls))
+    return (cls for cls in seen if cls is not object and not is_of_torch(cls))
 
 
 def functions_behind(net: nn.Module) -> list[types.FunctionType]:
@@ -124,7 +127,7 @@ def functions_behind(net: nn.Module) -> list[types.FunctionType]:
     while waiting:
         value = waiting.pop()
         function = getattr(value, "fget", None) if isinstance(value, property) else getattr(value, "__func__", value)
-        if type(function) is types.FunctionType and id(function) not in found and not _is_of_torch(function):
+        if type(function) is types.FunctionType and id(function) not in found and not is_of_torch(function):
             found[id(function)] = function
             waiting += [function.__globals__.get(name) for code in codes_of(function) for name in code.co_names]
             waiting += [contents_of(cell) for cell in function.__closure__ or ()]
@@ -145,26 +148,24 @@ def outside_names(net: nn.Module) -> list[tuple[dict, str]]:
 
     Attributes of the classes, globals that the code names, and what it names of the user's own modules of Python.
     """
-    found = {
-        (id(cls), name): (vars(cls), name)
-        for cls in classes_behind(net)
-        for name in vars(cls)
-        if not name.startswith("__")
-    }
+    # of every class of a line of them all names, so that one that comes to stand before another is noticed
+    classes = list(classes_behind(net))
+    names = {name for cls in classes for name in vars(cls) if not name.startswith("__")}
+    found = {(id(cls), name): (vars(cls), name) for cls in classes for name in names}
     for function in functions_behind(net):
         for code in codes_of(function):
             for name in code.co_names:
                 value = function.__globals__.get(name)
                 if not isinstance(value, types.ModuleType):
                     found[id(function.__globals__), name] = (function.__globals__, name)
-                elif not _is_of_torch(value):
+                elif not is_of_torch(value):
                     for inner in code.co_names:
                         if inner in vars(value):
                             found[id(vars(value)), inner] = (vars(value), inner)
     return list(found.values())
 
 
-def _is_of_torch(value: type | Callable | types.ModuleType) -> bool:
+def is_of_torch(value: type | Callable | types.ModuleType) -> bool:
     home = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
     return (home or "").partition(".")[0] == "torch"
 
@@ -200,11 +201,12 @@ def _collect_plain(value: object, found: set[tuple[type, float]]) -> None:
 
 
 def foreign_hook(net: nn.Module) -> str | None:
-    """The layer with a forward hook that the fused kernels would never run; None if there is no such hook."""
+    """The layer with a hook that the fused kernels would never run; None if there is no such hook."""
     if any(HOOKS_OF_ALL):
-        return "every module (torch.nn.modules.module.register_module_forward_hook)"
+        return "every module (torch.nn.modules.module.register_module_…_hook)"
     for path, module in net.named_modules():
         known = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _NORM_HOOKS)]
-        if module._forward_hooks or len(known) != len(module._forward_pre_hooks):
+        others = any(getattr(module, name) for name in HOOKS if name != "_forward_pre_hooks")
+        if others or len(known) != len(module._forward_pre_hooks):
             return f"layer '{path}' ({type(module).__name__})" if path else f"the {type(module).__name__} itself"
     return None

@@ -179,12 +179,13 @@ def test_layers_of_other_widths_are_read_anew():
 class Switched(Written):
     def __init__(self):
         super().__init__(None)
-        self.slope, self.deep, self.beta = 0.2, True, 1.0
+        self.slope, self.deep, self.beta, self.negative = 0.2, True, 1.0, True
 
     def forward(self, z):
         h = F.leaky_relu(self.a(z), self.slope)
         h = torch.tanh(self.b(h)) if self.deep else h[:, :9]
-        return self.c(h).squeeze(1) * self.beta / math.sqrt(DIM)
+        f = self.c(h).squeeze(1) * self.beta / math.sqrt(DIM)
+        return -f if self.negative else f
 
 
 CHANGES = {
@@ -192,6 +193,7 @@ CHANGES = {
     "a branch": lambda net: setattr(net, "deep", False),
     "another forward": lambda net: setattr(net, "forward", lambda z: net.c(F.relu(net.b(F.relu(net.a(z))))).exp()),
     "a width": lambda net: (setattr(net, "a", nn.Linear(DIM, 5)), setattr(net, "b", nn.Linear(5, 9))),
+    "an operation less": lambda net: setattr(net, "negative", False),
     "a number behind": lambda net: setattr(net, "beta", -2.0),
 }
 

@@ -190,15 +190,20 @@ def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor:
     return _updated(z, grad, update, 0)
 
 
-def mlp_langevin_chain(
+def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:
+    """n_steps updates with the MLP's own gradient."""
+    return chain_by(mlp_energy_grad, z, mlp, update, n_steps, record)
+
+
+def chain_by(
+    energy_grad: Callable[[Tensor, MLP], tuple[Tensor, Tensor]],
     z: Tensor,
     mlp: MLP,
     update: Update,
     n_steps: int,
     record: Record,
-    energy_grad: Callable[[Tensor, MLP], tuple[Tensor, Tensor]] = mlp_energy_grad,
 ) -> ChainResult:
-    """n_steps updates with the MLP's own gradient."""
+    """`mlp_langevin_chain` with the gradient that is given."""
     chains, dim = z.shape
     n_kept = n_steps // record.thin
     energies, grad_norms, displacements, first_bad_step, trajectory = None, None, None, None, None

@@ -94,8 +94,7 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
 
 
 def _chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Record) -> ChainResult:
-    drawn = _with_noise(update, n_steps, z)
-    return eager.mlp_langevin_chain(z, mlp, drawn, n_steps, record, energy_grad=mlp_energy_grad)
+    return eager.chain_by(mlp_energy_grad, z, mlp, _with_noise(update, n_steps, z), n_steps, record)
 
 
 def _with_noise(update: Update, n_steps: int, z: Tensor) -> Update:
