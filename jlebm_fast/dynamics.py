@@ -136,24 +136,17 @@ def _as_float(name: str, wanted: str, value: object) -> float:
     raise ValueError(f"{name} {wanted}, got {describe(value) if isinstance(value, Tensor) else repr(value)}")
 
 
-def step_coefficients(
+def step_rows(
     step_size: float | tuple[float, ...] | Tensor, noise_scale: float | tuple[float, ...] | Tensor, n_steps: int
-) -> list[tuple[float, float, float]]:
-    """The per-step factors (c_grad, c_prior, c_noise); a per-chain schedule contributes 1 here."""
-    rows = []
-    for k in range(n_steps):
-        s = 1.0 if isinstance(step_size, Tensor) else step_size[k] if isinstance(step_size, tuple) else step_size
-        scale = (
-            1.0
-            if isinstance(noise_scale, Tensor)
-            else noise_scale[k]
-            if isinstance(noise_scale, tuple)
-            else noise_scale
-        )
-        # the one half of a per-chain step size stands in the per-chain factor
-        drift = 1.0 if isinstance(step_size, Tensor) else s * s / 2
-        rows.append((drift, drift, s * scale))
-    return rows
+) -> Tensor:
+    """The factors (c_grad, c_prior, c_noise) of each step, float64 [n_steps, 3]; a per-chain schedule contributes 1."""
+    s, scale = (
+        torch.tensor(1.0 if isinstance(value, Tensor) else value, dtype=torch.float64, device="cpu").expand(n_steps)
+        for value in (step_size, noise_scale)
+    )
+    # the one half of a per-chain step size stands in the per-chain factor
+    drift = s if isinstance(step_size, Tensor) else s * s / 2
+    return torch.stack([drift, drift, s * scale], dim=1)
 
 
 def chain_coefficients(step_size: object, noise_scale: object, z: Tensor) -> Tensor | None:

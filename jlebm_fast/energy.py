@@ -384,9 +384,16 @@ class EnergyMLP(nn.Module):
             or y.device != z.device
             or not _name_logits(y, n_logits)
         ):
+            got = describe(y) if isinstance(y, Tensor) else repr(y)
+            if (
+                isinstance(y, Tensor)
+                and y.dtype == torch.int64
+                and tuple(y.shape) == (chains,)
+                and y.device == z.device
+            ):
+                got += f" from {int(y.min())} to {int(y.max())}"
             raise ValueError(
-                f"y must be an int or int64 [{chains}] on {z.device} with entries in [0, {n_logits}), got "
-                f"{describe(y) if isinstance(y, Tensor) else repr(y)}"
+                f"y must be an int or int64 [{chains}] on {z.device} with entries in [0, {n_logits}), got {got}"
             )
         return y.contiguous()
 

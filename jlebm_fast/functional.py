@@ -145,7 +145,7 @@ def langevin_step(
         ops.check_counter("step", step)
         step_size = dynamics.check_schedule("step_size", step_size, 1)
         noise_scale = dynamics.check_schedule("noise_scale", noise_scale, 1)
-        rows = dynamics.step_coefficients(step_size, noise_scale, 1)
+        rows = dynamics.step_rows(step_size, noise_scale, 1)
         mean, precision = (None, None) if prior is None else prior.terms(flat)
         if noise is not None:
             if noise_key is not None or generator is not None:
@@ -153,7 +153,7 @@ def langevin_step(
             noise_key = 0
             noise = check_like("noise", flatten_latents(noise, "noise")[0], (tuple(flat.shape),), flat).unsqueeze(0)
         update = Update(
-            torch.tensor(rows, dtype=flat.dtype, device=flat.device),
+            rows.to(flat.device, flat.dtype),
             dynamics.chain_coefficients(step_size, noise_scale, flat),
             mean,
             precision,
@@ -207,7 +207,7 @@ def energy_and_grad(
         if mlp is None:
             # autograd needs no kernel, but a backend named for another device would be a mistake
             backends.choose("langevin_step", backend, device=flat.device, dtype=flat.dtype)
-            value, grad = AnyEnergy(source.callable(), layout, context, y, 1.0)(flat)
+            value, grad = AnyEnergy(source.callable(), layout, context, y, 1.0)(flat.clone())
         else:
             value, grad = ops.mlp_energy_grad(flat, mlp, backend=backend)
         return value, layout.restore(grad)

@@ -100,7 +100,7 @@ def mala(
     flat, layout = flatten_latents(z)
     key = noise_key_of(noise_key, generator, flat.device)
     target = _Target(energy, layout, prior, maximize, backend)
-    drift, _, noise = dynamics.step_coefficients(step_size, 1.0, 1)[0]
+    drift, _, noise = dynamics.step_rows(step_size, 1.0, 1)[0].tolist()
     factors = dynamics.chain_coefficients(step_size, 1.0, flat)
     if factors is not None:
         drift, noise = drift * factors[:, :1], noise * factors[:, 2:]

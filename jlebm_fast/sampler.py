@@ -20,7 +20,7 @@ from .explanation import explain
 from .latents import LatentLayout, Latents, flatten_latents, flatten_mask
 from .modes import capturing, chain_mode, device_of, unwatched, watched
 from .problem import ChainResult, MLPSpec, Record, Update
-from .rng import draw_unwatched, noise_key_of
+from .rng import COUNTER_RANGE, draw_unwatched, noise_key_of
 
 PRECISIONS = (None, *precision.NAMES)
 _CPU = torch.device("cpu")
@@ -49,8 +49,7 @@ def _step_rows(
     step_size: object, noise_scale: object, n_steps: int, prior: tuple[float, float] | None
 ) -> tuple[Tensor, dict]:
     """The step coefficients [n_steps, 3] in float64, and an empty store for what depends on device and dtype."""
-    rows = dynamics.step_coefficients(step_size, noise_scale, n_steps)
-    return torch.tensor(rows, dtype=torch.float64, device="cpu").view(n_steps, 3), {}
+    return dynamics.step_rows(step_size, noise_scale, n_steps), {}
 
 
 # a loop that makes a sampler of the same numbers at every step (compat.py) makes their tensors once; nobody writes them
@@ -106,6 +105,8 @@ class FastLangevin:
             raise ValueError(f"energy must be a module or a callable, got {describe(self.energy)}")
         object.__setattr__(self, "n_steps", whole(self.n_steps))
         ops.check_count("n_steps", self.n_steps)
+        if self.n_steps > COUNTER_RANGE:
+            raise ValueError(f"n_steps must be at most 2**32, the steps of a noise field, got {self.n_steps}")
         for name in ("step_size", "noise_scale"):
             object.__setattr__(self, name, dynamics.check_schedule(name, getattr(self, name), self.n_steps))
         dynamics.check_prior(self.prior)

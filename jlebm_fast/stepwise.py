@@ -61,6 +61,8 @@ class AnyEnergy(NamedTuple):
                     f"energy must return one value per chain, [{chains}], [{chains}, 1] or [{chains}, 1, 1, 1], got "
                     f"{describe(value)}; several logits need a head such as logsumexp(dim=1)"
                 )
+            if value.is_complex():
+                raise ValueError(f"energy must return real numbers, got {describe(value)}")
             grad = _gradient("energy", value, z)
         value = value.detach().reshape(chains).to(flat.dtype)
         return (value, grad) if self.sign == 1.0 else (self.sign * value, self.sign * grad)
@@ -84,6 +86,8 @@ class Likelihood(NamedTuple):
                 (chains, 1, 1, 1),
             ):
                 raise ValueError(f"log_likelihood must return [{chains}] or a scalar sum, got {describe(value)}")
+            if value.is_complex():
+                raise ValueError(f"log_likelihood must return real numbers, got {describe(value)}")
             return _gradient("log_likelihood", value, z).to(flat.dtype)
 
 
@@ -127,6 +131,7 @@ def _run(
     if capture is not None:
         return recorder.result(captured_chain(z, step, update, n_steps, recorder.keep, capture, backend))
     if z.shape[0]:
+        z = z.clone()  # what an energy writes into its argument is the chain's, never the caller's
         for k, now in enumerate(update.steps(n_steps)):
             one = step(z, now)
             recorder.keep(k, one)

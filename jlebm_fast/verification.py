@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import backends, dynamics, ops
 from .backends import eager
+from .checks import describe
 from .energy_source import conditions, is_plain_energy_mlp
 from .functional import energy_and_grad
 from .latents import LatentLayout, flatten_latents
@@ -113,6 +114,8 @@ def verify(
         z = z.to(weight.device, weight.dtype)
     with chain_mode(device_of(z)):
         flat, layout = flatten_latents(z)
+        if not flat.shape[0]:
+            raise ValueError(f"z must have at least one chain to verify anything on, got {describe(flat)}")
         tried, missing = [], []
         for name in backends.NAMES:
             reason = backends.reason_against(name, "langevin_step", device=flat.device, dtype=flat.dtype)
@@ -150,7 +153,7 @@ def _gradient_check(
         found = sampler._source.found(layout, conditions(flat, context, y))
         converged = {} if isinstance(found, Unrecognised) else found.converged_buffers()
     own = sampler._source.callable(converged)
-    expected_value, expected_grad = AnyEnergy(own, layout, context, y, 1.0)(flat)
+    expected_value, expected_grad = AnyEnergy(own, layout, context, y, 1.0)(flat.clone())
     error = max(_error(value, expected_value), _error(flatten_latents(grad)[0], expected_grad))
     return Check(
         "gradient", name, error <= _GRADIENT_TOLERANCE, f"{error:.1e} from autograd (<= {_GRADIENT_TOLERANCE:.0e})"
@@ -232,8 +235,8 @@ def _law_checks(sampler: FastLangevin, flat: Tensor, name: str) -> list[Check]:
         return [Check("law", name, True, "not applied: step sizes differ per chain")]
     dim = flat.shape[1]
     z = flat.new_zeros(_LAW_COORDINATES // dim + 1, dim)
-    rows = dynamics.step_coefficients(sampler.step_size, sampler.noise_scale, sampler.n_steps)
-    coefficients = torch.tensor(rows, dtype=torch.float64).view(sampler.n_steps, 3).to(z.device, z.dtype)
+    table = dynamics.step_rows(sampler.step_size, sampler.noise_scale, sampler.n_steps)
+    rows, coefficients = table.tolist(), table.to(z.device, z.dtype)
     update = Update(coefficients, prior_precision=z.new_ones(dim), noise_key=_NOISE_KEY)
     zeros = (z.new_zeros(1, dim), z.new_zeros(1, 1))
     mlp = MLP(MLPSpec((dim, 1, 1), ("identity",), (0.0,)), zeros, (None, None))

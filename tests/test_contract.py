@@ -138,6 +138,10 @@ MISTAKES = {
         lambda b: conditional(b)(z16(), context=torch.zeros(2), y=elsewhere(3, dtype=torch.int64)),
         "y must be an int or int64 [3] on cpu with entries in [0, 3), got [3] int64 on meta",
     ),
+    "y out of range": (
+        lambda b: conditional(b)(z16(), context=torch.zeros(2), y=torch.tensor([0, 7, 1])),
+        "y must be an int or int64 [3] on cpu with entries in [0, 3), got [3] int64 on cpu from 0 to 7",
+    ),
     "key as a float tensor": (
         lambda b: sampler(b)(z16(), noise_key=torch.zeros(1)),
         "noise_key as a tensor must be [1] int64, got [1] float32 on cpu",

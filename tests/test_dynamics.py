@@ -15,7 +15,7 @@ def coefficients(step_size, noise_scale, n_steps, chains):
     """[n_steps, chains, 3] as the operations combine them."""
     step_size = dynamics.check_schedule("step_size", step_size, n_steps)
     noise_scale = dynamics.check_schedule("noise_scale", noise_scale, n_steps)
-    rows = torch.tensor(dynamics.step_coefficients(step_size, noise_scale, n_steps), dtype=torch.float64)
+    rows = dynamics.step_rows(step_size, noise_scale, n_steps)
     factors = dynamics.chain_coefficients(step_size, noise_scale, torch.zeros(chains, 2, dtype=torch.float64))
     return rows[:, None] * (torch.ones(chains, 3) if factors is None else factors)[None]
 

@@ -129,3 +129,35 @@ def test_tensors_of_a_configuration_are_copied():
     step_size.mul_(2)
     std.mul_(2)
     assert torch.equal(prior(z, noise_key=1), before)
+
+
+def writing(z):
+    with torch.no_grad():
+        z.clamp_(-1, 1)
+    return -z.pow(2).sum(1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_what_an_energy_writes_into_its_argument_never_reaches_the_caller(backend):
+    z = 3 * torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    before = z.clone()
+    jf.FastLangevin(writing, n_steps=2, backend=backend).sample(z)
+    jf.FastLangevin(jf.EnergyMLP(6, 4, 1), n_steps=2, backend=backend).sample(z, log_likelihood=writing)
+    jf.energy_and_grad(writing, z)
+    jf.verify(writing, z, show=False)
+    jf.mala(writing, z, n_steps=2)
+    assert torch.equal(z, before)
+
+
+def test_complex_energies_are_refused():
+    z = torch.randn(4, 6)
+    with pytest.raises(ValueError, match=r"energy must return real numbers, got \[4\] complex64 on cpu"):
+        jf.FastLangevin(lambda z: z.sum(1).to(torch.complex64), n_steps=2)(z)
+    with pytest.raises(ValueError, match="log_likelihood must return real numbers"):
+        jf.FastLangevin(jf.EnergyMLP(6, 4, 1), n_steps=2)(z, log_likelihood=lambda z: z.sum(1).to(torch.complex64))
+
+
+def test_long_chains_are_described_at_once_and_endless_ones_refused():
+    jf.FastLangevin(jf.EnergyMLP(6, 4, 1), n_steps=1_000_000)
+    with pytest.raises(ValueError, match=r"n_steps must be at most 2\*\*32"):
+        jf.FastLangevin(jf.EnergyMLP(6, 4, 1), n_steps=10**12)
