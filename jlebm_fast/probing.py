@@ -157,9 +157,15 @@ class Conditions(NamedTuple):
 
     def rows(self, chosen: Sequence[int]) -> Conditions:
         """Those of these of the chains."""
+        return self._with(lambda leaf: leaf[list(chosen)], len(chosen))
+
+    def first(self, n: int) -> Conditions:
+        """That of the first chain, n times; without an index, which a CUDA graph could not record."""
+        return self._with(lambda leaf: leaf[:1].expand(n, *leaf.shape[1:]).contiguous(), n)
+
+    def _with(self, change: Callable[[Tensor], Tensor], n: int) -> Conditions:
         flags = iter(self.of_chains)
-        options = tree_map(lambda leaf: leaf[list(chosen)] if next(flags) else leaf, self.options)
-        return Conditions(options, len(chosen), self.of_chains)
+        return Conditions(tree_map(lambda leaf: change(leaf) if next(flags) else leaf, self.options), n, self.of_chains)
 
     def double(self) -> Conditions:
         """In float64 what is a floating point tensor."""
@@ -301,7 +307,7 @@ def read(
         replaced[units.activated] = columns
         seen[units.layer] += units.width
     reader = _Reader(plan, [*(units.of for units in plan.units), plan.logits], replaced, until=None)
-    z, alike = layout.restore(unit_vectors(rows, spec.dim, like)), conditions.rows([0] * rows).options
+    z, alike = layout.restore(unit_vectors(rows, spec.dim, like)), conditions.first(rows).options
     with reader:
         forward(buffers, z, alike)
     if reader.count != len(plan.calls):
