@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import types
 from collections.abc import Callable
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from .checks import SUPPORTED_DTYPES, describe, dtype_name
 from .energy import EnergyLinear, EnergyMLP
 from .latents import LatentLayout
-from .modes import chain_mode
+from .modes import chain_mode, is_compiled
 from .probing import NO_CONDITIONS, Conditions, OtherPath, Probed
 from .problem import MLP
 from .recognised import Recognised
@@ -55,7 +54,7 @@ class EnergySource:
         if type(net) is types.MethodType and isinstance(net.__self__, nn.Module):
             return net.__self__
         while True:
-            if _is_compiled(net):
+            if is_compiled(net):
                 net = net._orig_mod
             elif isinstance(net, _DISTRIBUTED):
                 net = net.module
@@ -135,18 +134,18 @@ class EnergySource:
         found = self.found(layout, conditions(flat, context, y))
         return found.reason if isinstance(found, Unrecognised) else ""
 
-    def how(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> tuple[int, str | None]:
-        """Of how many networks a recognised module is the sum, and how its parameters are read if not from where they
-        stand."""
-        if is_plain_energy_mlp(self.net):
-            return 1, None
-        found = self.found(layout, conditions(flat, context, y))
-        if isinstance(found, Unrecognised):
-            return 1, None
-        if not isinstance(found, Probed):
-            return found.n_terms, None
-        why = "" if found.why is None else f", because its code looks at {found.why}"
-        return 1, f"parameters by a run of its own forward on {found.rows} rows per call{why}"
+    def how(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> tuple[int, list[str]]:
+        """Of how many networks a recognised module is the sum, and what else there is to say of its parameters."""
+        found = None if is_plain_energy_mlp(self.net) else self.found(layout, conditions(flat, context, y))
+        if found is None or isinstance(found, Unrecognised):
+            return 1, []
+        said = []
+        if isinstance(found, Probed):
+            why = "" if found.why is None else f", because its code looks at {found.why}"
+            said.append(f"parameters by a run of its own forward on {found.rows} rows per call{why}")
+        if found.normed:
+            said.append("spectral norms as they converge, to which the module's own come by their power iterations")
+        return found.n_terms, said
 
     def examinations(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> tuple[int, str | None]:
         """How often the module was examined for such latents, and what had changed before the latest time."""
@@ -247,13 +246,6 @@ def _runs_energy_mlp_forward(net: object) -> bool:
         return False
     hooked = net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks
     return not (hooked or any(HOOKS_OF_ALL))
-
-
-def _is_compiled(net: object) -> bool:
-    """Whether it is what torch.compile makes of a module."""
-    # the module that defines it takes seconds to import, and was imported if anything was compiled
-    compiler = sys.modules.get("torch._dynamo.eval_frame")
-    return compiler is not None and isinstance(net, compiler.OptimizedModule)
 
 
 def conditions(flat: Tensor, context: object, y: object) -> Conditions:

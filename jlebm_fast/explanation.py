@@ -42,10 +42,10 @@ def explain(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, context: 
         ]
     else:
         spec, op = mlp.spec, "mlp_langevin_chain"
-        n_terms, reading = source.how(flat, layout, context, y)
+        n_terms, said = source.how(flat, layout, context, y)
         lines = [
             f"energy    {name}: {_how(n_terms)}{describe_spec(spec)}",
-            *([f"          {reading}"] if reading else []),
+            *(f"          {sentence}" for sentence in said),
             f"path      mlp_langevin_chain: all {sampler.n_steps} steps in one call",
         ]
     times, change = source.examinations(flat, layout, context, y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 
 import torch
 from torch import Tensor
@@ -84,3 +85,10 @@ def device_of(z: object) -> torch.device:
     """The device of latents in any structure; the CPU for what is no latents and will be refused."""
     first = z[0] if isinstance(z, (list, tuple)) and z else z
     return first.device if isinstance(first, torch.Tensor) else _CPU
+
+
+def is_compiled(net: object) -> bool:
+    """Whether it is what torch.compile makes of a module."""
+    # the module that defines it takes seconds to import, and was imported if anything was compiled
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and isinstance(net, compiler.OptimizedModule)

@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .latents import LatentLayout
-from .modes import chain_mode
+from .modes import chain_mode, is_compiled
 from .problem import MLP, MLPSpec
-from .recognised import Layer
+from .recognised import Layer, converged_buffers
 from .structure import LinearSite, Untraceable
 from .tracing import computed_weight_kind
 
@@ -195,16 +195,19 @@ class Forward:
 
     def __init__(self, net: nn.Module, method: str = "forward") -> None:
         self._net, self._method = weakref.ref(net), method
-        self._norms = [Layer(net, LinearSite(path, "spectral", "weight", "", None)) for path in _spectral_norms(net)]
+        self._compiled = any(is_compiled(m) or m._compiled_call_impl is not None for m in net.modules())
+        self.norms = [Layer(net, LinearSite(path, "spectral", "weight", "", None)) for path in _spectral_norms(net)]
 
     def buffers(self) -> dict[str, Tensor]:
         """Those of the module, of spectral norms the converged ones; a run leaves the module's own as they are."""
-        found = {name: buffer.clone() for name, buffer in self._net().named_buffers()}
-        for layer in self._norms:
-            found |= layer.converged_buffers()
-        return found
+        return {name: buffer.clone() for name, buffer in self._net().named_buffers()} | self.converged_buffers()
 
     def __call__(self, buffers: dict[str, Tensor], z: Any, options: dict[str, Any]) -> Any:
+        # what is compiled shows none of its calls
+        with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
+            return self._run(buffers, z, options)
+
+    def _run(self, buffers: dict[str, Tensor], z: Any, options: dict[str, Any]) -> Any:
         net = self._net()
         if self._method == "forward":
             return torch.func.functional_call(net, buffers, (z,), options) if buffers else net(z, **options)
@@ -215,7 +218,7 @@ class Forward:
 
     def converged_buffers(self) -> dict[str, Tensor]:
         """Buffers (u, v) of spectral norms as after enough power iterations."""
-        return {name: buffer for layer in self._norms for name, buffer in layer.converged_buffers().items()}
+        return converged_buffers(self.norms)
 
 
 class MethodOf(nn.Module):
@@ -260,6 +263,11 @@ class Probed:
         self.spec = plan.spec
         self._dtype, self._device = like.dtype, like.device
         self.converged_buffers = forward.converged_buffers
+
+    @property
+    def normed(self) -> bool:
+        """Whether any weight is divided by its spectral norm."""
+        return bool(self._forward.norms)
 
     @property
     def rows(self) -> int:

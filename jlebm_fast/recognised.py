@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .energy import EnergyLinear
 from .modes import capturing, chain_mode
 from .problem import MLP, MLPSpec
-from .spectral import top_singular_triple, top_singulars
+from .spectral import TopSingular, top_singulars
 from .structure import LinearSite, Structure
 
 _CPU = torch.device("cpu")
@@ -43,19 +43,29 @@ class Layer:
         # what a CUDA graph reads must stay where it is
         return original.detach().flatten(1), u if capturing(u.device) else start
 
-    def converged_buffers(self) -> dict[str, Tensor]:
-        """The buffers (u, v) of a spectral norm as they would be after enough power iterations, by their names."""
-        if self.kind != "spectral":
-            return {}
-        module = self.owner()
-        new_style = "parametrizations" in module._modules
-        weight = _original_and_vector(module)[0].detach().flatten(1)
-        u, v, _ = top_singular_triple(weight, self.direction if self.direction is not None else weight[:, 0])
+    def vector_names(self) -> tuple[str, str]:
+        """The names of a spectral norm's buffers (u, v) in the module."""
         prefix = f"{self.path}." if self.path else ""
-        names = (
-            ("parametrizations.weight.0._u", "parametrizations.weight.0._v") if new_style else ("weight_u", "weight_v")
-        )
-        return dict(zip((prefix + name for name in names), (u, v), strict=True))
+        if "parametrizations" in self.owner()._modules:
+            return f"{prefix}parametrizations.weight.0._u", f"{prefix}parametrizations.weight.0._v"
+        return f"{prefix}weight_u", f"{prefix}weight_v"
+
+
+def converged_buffers(layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """The buffers (u, v) of spectral norms as they would be after enough power iterations, by their names."""
+    normed = [layer for layer in layers if layer.kind == "spectral"]
+    found = {}
+    for layer, top in zip(normed, _tops(normed), strict=True):
+        found |= zip(layer.vector_names(), (top.u, top.v), strict=True)
+    return found
+
+
+def _tops(normed: Sequence[Layer]) -> list[TopSingular]:
+    tops = top_singulars([layer.original_and_start() for layer in normed])
+    for layer, top in zip(normed, tops, strict=True):
+        if not capturing(top.u.device):
+            layer.direction = top.u
+    return tops
 
 
 def _original_and_vector(module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -71,11 +81,8 @@ def effective_weights(layers: Sequence[Layer]) -> list[Tensor]:
     """W of each layer, or what its normalisation makes of it, [out, in]; never touches a module's buffers."""
     weights = [_plain_weight(layer) for layer in layers]
     normed = [i for i, weight in enumerate(weights) if weight is None]
-    tops = top_singulars([layers[i].original_and_start() for i in normed])
-    for i, top in zip(normed, tops, strict=True):
+    for i, top in zip(normed, _tops([layers[i] for i in normed]), strict=True):
         weights[i] = top.normalised
-        if not capturing(top.u.device):
-            layers[i].direction = top.u
     return [_apart(weight if weight.dim() == 2 else weight.flatten(1)) for weight in weights]
 
 
@@ -146,13 +153,18 @@ class Recognised:
         return assembled(self.spec if sign == 1.0 else self.spec.negated, terms, weights, biases, context)
 
     @property
+    def normed(self) -> bool:
+        """Whether any weight is divided by its spectral norm."""
+        return any(layer.kind == "spectral" for layer in self.layers)
+
+    @property
     def n_terms(self) -> int:
         """Of how many networks it is the sum."""
         return len(self.terms)
 
     def converged_buffers(self) -> dict[str, Tensor]:
         """Buffers with which the module's own forward is the energy of a chain."""
-        return {name: buffer for layer in self.layers for name, buffer in layer.converged_buffers().items()}
+        return converged_buffers(self.layers)
 
 
 def assembled(

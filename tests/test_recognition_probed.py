@@ -164,6 +164,23 @@ def test_parameters_and_numbers_of_the_moment(make):
     assert EnergySource(net).examinations(Z, flatten_latents(Z)[1], None, None)[0] == 1
 
 
+@pytest.mark.parametrize("norm", [old_spectral_norm, new_spectral_norm])
+def test_explain_says_that_spectral_norms_are_converged(norm):
+    traced = nn.Sequential(norm(nn.Linear(DIM, 12)), nn.SiLU(), nn.Linear(12, 1))
+    for net in (traced, normed(norm)):
+        assert "spectral norms as they converge" in jf.FastLangevin(net).explain(Z)
+    plain = nn.Sequential(nn.Linear(DIM, 12), nn.SiLU(), nn.Linear(12, 1))
+    assert "spectral" not in jf.FastLangevin(plain).explain(Z)
+
+
+def test_a_spectral_norm_that_never_ran_is_converged_all_the_same():
+    net = normed(new_spectral_norm).eval()
+    ours = jf.FastLangevin(net, n_steps=5)(Z, noise=NOISE)
+    net.train()
+    converge(net)
+    torch.testing.assert_close(ours, published_loop(net.eval(), Z, 0.4, NOISE), rtol=0, atol=2e-5)
+
+
 def test_layers_of_other_widths_are_read_anew():
     net = FORMS["scalar parameter added"]()
     sampler = jf.FastLangevin(net, n_steps=5)
@@ -171,6 +188,24 @@ def test_layers_of_other_widths_are_read_anew():
     net.a, net.c = nn.Linear(DIM, 7), nn.Linear(9, 1)
     net.b = nn.Linear(7, 9)
     torch.testing.assert_close(sampler(Z, noise=NOISE), published_loop(net, Z, 0.4, NOISE), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped", "a child"])
+def test_what_is_compiled_runs_uncompiled_for_its_parameters(how):
+    torch._dynamo.reset()
+    net = FORMS["scalar parameter added"]()
+    expected = published_loop(net, Z, 0.4, NOISE)
+    energy = net
+    if how == "in place":
+        net.compile(backend="eager")
+    elif how == "wrapped":
+        energy = torch.compile(net, backend="eager")
+    else:
+        net.b = torch.compile(net.b, backend="eager")
+    energy(Z)
+    sampler = jf.FastLangevin(energy, n_steps=5)
+    assert "by a run of its own forward" in sampler.explain(Z)
+    torch.testing.assert_close(sampler(Z, noise=NOISE), expected, rtol=0, atol=2e-5)
 
 
 # --- what a plan does not hold for any more
