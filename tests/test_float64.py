@@ -6,11 +6,11 @@ from torch import nn
 
 import jlebm_fast as jf
 from jlebm_fast import ops
-from jlebm_fast.backends import float64
+from jlebm_fast.backends import _native, float64
 from jlebm_fast.problem import ACTIVATIONS, HEADS, MLP, MLPSpec, Record, Update
 
 CHAINS, DIM, STEPS = 7, 6, 5
-pytestmark = pytest.mark.skipif("cpu" not in jf.available_backends(), reason="it draws with the compiled kernel")
+pytestmark = pytest.mark.skipif(_native.unavailable_reason() is not None, reason=str(_native.unavailable_reason()))
 
 
 def normal(*shape, seed=31):
