@@ -96,6 +96,39 @@ class Seen(NamedTuple):
     why: str = ""
 
 
+class _Call(NamedTuple):
+    """A call of torch, and one of the tensors it gives.
+
+    of_z         those of its arguments that depend on z
+    conditions   how many of the others are of the condition
+    constants    how many are neither
+    """
+
+    name: str
+    place: Place
+    args: tuple
+    kwargs: dict[str, Any]
+    of_z: list[tuple[Tensor, Seen]]
+    conditions: int
+    constants: int
+    output: Tensor
+
+    @property
+    def with_tensors(self) -> bool:
+        """Whether it is of anything but z and numbers."""
+        return self.conditions + self.constants > 0
+
+    @property
+    def first(self) -> object:
+        """The first argument, or what is given as `input`."""
+        return self.args[0] if self.args else self.kwargs.get("input")
+
+    @property
+    def numbers(self) -> list[float]:
+        """Numbers among its positional arguments."""
+        return [arg for arg in self.args if isinstance(arg, (int, float))]
+
+
 class Follower(ForwardObserver[Seen]):
     """Watches one run on so many chains; `plan` says what it was."""
 
@@ -122,167 +155,136 @@ class Follower(ForwardObserver[Seen]):
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if of_z and ((name in READING and not outputs) or name in HOOKING):
             raise Untraceable(f"forward reads values of z ({name}) in {self.where()}")
-        for place, output in enumerate(outputs if inputs else ()):
-            self.put(output, self._seen(name, (call, place), args, kwargs, inputs, of_z, output))
+        if inputs:
+            known = {id(leaf) for leaf, _ in inputs}
+            others = sum(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in tree_leaves((args, kwargs)))
+            for place, output in enumerate(outputs):
+                one = _Call(name, (call, place), args, kwargs, of_z, len(inputs) - len(of_z), others, output)
+                self.put(output, self._seen(one, inputs))
         return result
 
     def _unknown(self, what: str) -> Seen:
         return Seen("unknown", why=f"{what} in {self.where()}")
 
-    def _numbers_matter(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.calls[place[0]] = (self.calls[place[0]][0], numbers_in(args, kwargs))
+    def _numbers_matter(self, call: _Call) -> None:
+        number = call.place[0]
+        self.calls[number] = (self.calls[number][0], numbers_in(call.args, call.kwargs))
 
-    def _seen(
-        self,
-        name: str,
-        place: Place,
-        args: tuple,
-        kwargs: dict[str, Any],
-        inputs: list[tuple[Tensor, Seen]],
-        of_z: list[tuple[Tensor, Seen]],
-        output: Tensor,
-    ) -> Seen:
-        if not of_z:
+    def _seen(self, call: _Call, inputs: list[tuple[Tensor, Seen]]) -> Seen:
+        """What a call gives, of whose arguments these are known."""
+        if not call.of_z:
             return inputs[0][1]
-        unknown = next((seen for _, seen in of_z if seen.kind == "unknown"), None)
+        unknown = next((seen for _, seen in call.of_z if seen.kind == "unknown"), None)
         if unknown is not None:
             return unknown
-        others = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and self.get(t) is None]
-        conditions = len(inputs) - len(of_z)
-        if any(seen.kind == "reduced" for _, seen in of_z):
-            self._numbers_matter(place, args, kwargs)
-            return self._of_reduced(name, args, of_z, bool(others or conditions), output)
-        if name in DROPOUTS or name == "batch_norm":
-            self._numbers_matter(place, args, kwargs)
-        for found in (
-            self._head(name, place, args, kwargs, of_z, output),
-            None if others or conditions else self._elementwise(name, place, args, kwargs, of_z, output),
-        ):
-            if found is not None:
-                self._numbers_matter(place, args, kwargs)
-                return found
-        keeps = name in (REARRANGING | KEEPING) - JOINING and output.numel() == of_z[0][0].numel()
-        if len(of_z) == 1 and of_z[0][1].kind == "elementwise" and keeps:
-            return of_z[0][1]
-        return self._affine(name, place, args, kwargs, of_z, conditions, output)
+        if any(seen.kind == "reduced" for _, seen in call.of_z):
+            self._numbers_matter(call)
+            return self._of_reduced(call)
+        if call.name in DROPOUTS or call.name == "batch_norm":
+            self._numbers_matter(call)
+        found = self._head(call)
+        if found is None and not call.with_tensors:
+            found = self._elementwise(call)
+        if found is not None:
+            self._numbers_matter(call)
+            return found
+        tensor, first = call.of_z[0]
+        keeps = call.name in (REARRANGING | KEEPING) - JOINING and call.output.numel() == tensor.numel()
+        if len(call.of_z) == 1 and first.kind == "elementwise" and keeps:
+            return first
+        return self._affine(call)
 
-    def _of_reduced(
-        self, name: str, args: tuple, of_z: list[tuple[Tensor, Seen]], with_tensors: bool, output: Tensor
-    ) -> Seen:
-        seen = of_z[0][1]
-        numbers = [arg for arg in args if isinstance(arg, (int, float))]
-        if len(of_z) == 1 and not with_tensors and output.numel() == self.chains:
+    def _of_reduced(self, call: _Call) -> Seen:
+        seen, name, numbers = call.of_z[0][1], call.name, call.numbers
+        if len(call.of_z) == 1 and not call.with_tensors and call.output.numel() == self.chains:
+            first_is_number = not isinstance(call.first, Tensor)
             if name in _NEGATING:
                 return seen._replace(factor=-seen.factor, shift=-seen.shift)
             if name in (REARRANGING | KEEPING | {"sum", "mean", "float"}) - JOINING:
                 return seen
             if len(numbers) == 1 and name in _MULTIPLYING:
                 return seen._replace(factor=seen.factor * numbers[0], shift=seen.shift * numbers[0])
-            if len(numbers) == 1 and name in _DIVIDING and isinstance(args[0], Tensor):
+            if len(numbers) == 1 and name in _DIVIDING and not first_is_number:
                 return seen._replace(factor=seen.factor / numbers[0], shift=seen.shift / numbers[0])
             if len(numbers) == 1 and name in ADDING:
-                backward = name == "rsub" or not isinstance(args[0], Tensor)
+                backward = name == "rsub" or first_is_number
                 sign = -1.0 if "sub" in name and backward else 1.0
                 number = -numbers[0] if "sub" in name and not backward else numbers[0]
                 return seen._replace(factor=sign * seen.factor, shift=sign * seen.shift + number)
         return self._unknown(f"{name} of the reduced logits")
 
-    def _head(
-        self,
-        name: str,
-        place: Place,
-        args: tuple,
-        kwargs: dict[str, Any],
-        of_z: list[tuple[Tensor, Seen]],
-        output: Tensor,
-    ) -> Seen | None:
+    def _head(self, call: _Call) -> Seen | None:
         """A logsumexp over the logits, or one of them per chain."""
-        logits, seen = of_z[0]
-        if name != "logsumexp" and name not in _SELECTING:
+        logits, seen = call.of_z[0]
+        if call.name != "logsumexp" and call.name not in _SELECTING:
             return None
-        if len(of_z) != 1 or output.numel() != self.chains or logits.numel() == self.chains * 1:
+        if len(call.of_z) != 1 or call.output.numel() != self.chains or logits.numel() == self.chains:
             return None
         if logits.shape[0] != self.chains or seen.kind != "affine" or seen.layer == 0:
             return None
         table = logits.reshape(self.chains, -1)
-        if name == "logsumexp":
+        if call.name == "logsumexp":
             head, chosen, expected = "logsumexp", None, table.logsumexp(1)
         else:
-            index = index_of(args, kwargs)
+            index = index_of(call.args, call.kwargs)
             if index is None or self.get(index) is None or index.numel() != self.chains:
                 return None  # the same of all chains
-            head, chosen = "logit", place[0]
+            head, chosen = "logit", call.place[0]
             expected = table.gather(1, index.reshape(-1, 1)).reshape(-1)
-        if not _equal(output.reshape(-1), expected):
-            return self._unknown(f"{name} of something else than the logits")
+        if not _equal(call.output.reshape(-1), expected):
+            return self._unknown(f"{call.name} of something else than the logits")
         return Seen("reduced", seen.layer, activation=(head, 0.0), of=seen.made, n_logits=table.shape[1], chosen=chosen)
 
-    def _elementwise(
-        self,
-        name: str,
-        place: Place,
-        args: tuple,
-        kwargs: dict[str, Any],
-        of_z: list[tuple[Tensor, Seen]],
-        output: Tensor,
-    ) -> Seen | None:
+    def _elementwise(self, call: _Call) -> Seen | None:
         """An activation, or a step of one that is written out."""
-        tensor, first = of_z[0]
-        if any(seen.root != first.root or leaf.shape != output.shape for leaf, seen in of_z):
+        tensor, first = call.of_z[0]
+        if any(seen.root != first.root or leaf.shape != call.output.shape for leaf, seen in call.of_z):
             return None
-        if len(of_z) == 1 and first.kind == "affine" and args and args[0] is tensor:
-            found = activation_of(name, args, kwargs)
+        if len(call.of_z) == 1 and first.kind == "affine" and call.first is tensor:
+            found = activation_of(call.name, call.args, call.kwargs)
             if found is not None:
                 if first.made == _OUT_OF_Z:
-                    return self._unknown(f"{name} of z itself")
-                return Seen("elementwise", first.layer, place, first.root, activation=found, of=first.made)
-        kinds = {seen.kind for _, seen in of_z}
-        powers = len(of_z) == 2 and name in _MULTIPLYING | _DIVIDING
-        combined = powers or (name in ADDING | _MULTIPLYING | _DIVIDING | _NEGATING and "elementwise" in kinds)
-        if combined and len(of_z) == 1 and first.activation is not None and first.activation[0] != "sigmoid":
+                    return self._unknown(f"{call.name} of z itself")
+                return Seen("elementwise", first.layer, call.place, first.root, activation=found, of=first.made)
+        powers = len(call.of_z) == 2 and call.name in _MULTIPLYING | _DIVIDING
+        of_activations = any(seen.kind == "elementwise" for _, seen in call.of_z)
+        combined = powers or (of_activations and call.name in ADDING | _MULTIPLYING | _DIVIDING | _NEGATING)
+        if combined and len(call.of_z) == 1 and first.activation is not None and first.activation[0] != "sigmoid":
             return None  # what follows an activation
-        if not combined and name not in _SMOOTH:
+        if not combined and call.name not in _SMOOTH:
             return None
         if first.root == _OUT_OF_Z:
-            return self._unknown(f"{name} of z itself")
+            return self._unknown(f"{call.name} of z itself")
         values = self._values[first.root]
-        matched = next((entry for entry in _CATALOGUE if _equal(output, eager.activation(*entry, values))), None)
-        return Seen("elementwise", first.layer, place, first.root, activation=matched, of=first.root)
+        matched = next((entry for entry in _CATALOGUE if _equal(call.output, eager.activation(*entry, values))), None)
+        return Seen("elementwise", first.layer, call.place, first.root, activation=matched, of=first.root)
 
-    def _affine(
-        self,
-        name: str,
-        place: Place,
-        args: tuple,
-        kwargs: dict[str, Any],
-        of_z: list[tuple[Tensor, Seen]],
-        conditions: int,
-        output: Tensor,
-    ) -> Seen:
-        numbers = [arg for arg in args if isinstance(arg, (int, float))]
+    def _affine(self, call: _Call) -> Seen:
+        name, args, kwargs, place = call.name, call.args, call.kwargs, call.place
         adds = name in ADDING | JOINING
-        scales = name in _MULTIPLYING or (name in _DIVIDING and self.get(args[0]) is not None)
+        scales = name in _MULTIPLYING or (name in _DIVIDING and self.get(call.first) is not None)
         normalises = name == "batch_norm" and not kwargs.get("training", args[5] if len(args) > 5 else False)
         if not (adds or scales or normalises or name in _PRODUCTS | _MOVING | _NEGATING | DROPOUTS):
             return self._unknown(f"{name} is not an operation of an MLP")
-        if not adds and len(of_z) != 1:
+        if not adds and len(call.of_z) != 1:
             return self._unknown(f"{name} of two values that depend on z")
         if "out" in kwargs or kwargs.get("rounding_mode") is not None:
             return self._unknown(f"{name} with {', '.join(kwargs)}")
-        seen = [self._closed(leaf, label) for leaf, label in of_z]
+        seen = [self._closed(leaf, label) for leaf, label in call.of_z]
         unknown = next((label for label in seen if label.kind == "unknown"), None)
         if unknown is not None:
             return unknown
         layer = seen[0].layer
         if any(label.layer != layer for label in seen):
             return self._unknown(f"{name} joins values of different layers")
-        if conditions and (layer > 0 or not adds):
+        if call.conditions and (layer > 0 or not adds):
             return self._unknown(f"{name} with a condition, other than added or joined before the first activation,")
-        self._values[place] = output.detach().clone()
+        self._values[place] = call.output.detach().clone()
         if name in _NEGATING:
             return Seen("affine", layer, place, seen[0].root, -seen[0].factor)
-        if scales and len(numbers) == 1:
-            factor = seen[0].factor / numbers[0] if name in _DIVIDING else seen[0].factor * numbers[0]
+        if scales and len(call.numbers) == 1:
+            number = call.numbers[0]
+            factor = seen[0].factor / number if name in _DIVIDING else seen[0].factor * number
             return Seen("affine", layer, place, seen[0].root, factor)
         return Seen("affine", layer, place, place)
 
