@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .checks import SUPPORTED_DTYPES, describe, dtype_name
 from .energy import EnergyLinear, EnergyMLP
 from .latents import LatentLayout
-from .modes import chain_mode, is_compiled
+from .modes import chain_mode, is_compiled, run_on_buffers
 from .probing import NO_CONDITIONS, Conditions, OtherPath, Probed
 from .problem import MLP
 from .recognised import Recognised
@@ -79,7 +79,7 @@ class EnergySource:
         buffers = {name: buffer.clone() for name, buffer in energy.named_buffers()} | (changed or {})
         if not buffers:
             return energy
-        return lambda z, **options: torch.func.functional_call(energy, buffers, (z,), options)
+        return lambda z, **options: run_on_buffers(energy, buffers, (z,), options)
 
     def found(
         self, layout: LatentLayout, conditions: Conditions = NO_CONDITIONS, *, anew: bool = False

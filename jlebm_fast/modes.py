@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,3 +94,15 @@ def is_compiled(net: object) -> bool:
     # the module that defines it takes seconds to import, and was imported if anything was compiled
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     return compiler is not None and isinstance(net, compiler.OptimizedModule)
+
+
+# torch.func.functional_call exchanges a module's buffers while it runs: of two threads, each would put back the other's
+_exchanging = threading.RLock()
+
+
+def run_on_buffers(net: torch.nn.Module, buffers: dict[str, Tensor], args: tuple, options: dict[str, Any]) -> Any:
+    """What a module returns on other buffers, which it may write into; its own stay as they are."""
+    if not buffers:
+        return net(*args, **options)
+    with _exchanging:
+        return torch.func.functional_call(net, buffers, args, options)

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .latents import LatentLayout
-from .modes import chain_mode, is_compiled
+from .modes import chain_mode, is_compiled, run_on_buffers
 from .problem import MLP, MLPSpec
 from .recognised import Layer, converged_buffers
 from .structure import LinearSite, Untraceable
@@ -210,11 +210,11 @@ class Forward:
     def _run(self, buffers: dict[str, Tensor], z: Any, options: dict[str, Any]) -> Any:
         net = self._net()
         if self._method == "forward":
-            return torch.func.functional_call(net, buffers, (z,), options) if buffers else net(z, **options)
+            return run_on_buffers(net, buffers, (z,), options)
         if not buffers:
             return getattr(net, self._method)(z, **options)
         named = {f"owner.{name}": buffer for name, buffer in buffers.items()}
-        return torch.func.functional_call(MethodOf(net, self._method), named, (z,), options)
+        return run_on_buffers(MethodOf(net, self._method), named, (z,), options)
 
     def converged_buffers(self) -> dict[str, Tensor]:
         """Buffers (u, v) of spectral norms as after enough power iterations."""

@@ -161,3 +161,32 @@ def test_long_chains_are_described_at_once_and_endless_ones_refused():
     jf.FastLangevin(jf.EnergyMLP(6, 4, 1), n_steps=1_000_000)
     with pytest.raises(ValueError, match=r"n_steps must be at most 2\*\*32"):
         jf.FastLangevin(jf.EnergyMLP(6, 4, 1), n_steps=10**12)
+
+
+class Scaled(nn.Module):
+    """Read by a run of its forward; with a layer norm, run through autograd."""
+
+    def __init__(self, layer_norm):
+        super().__init__()
+        norm = nn.utils.parametrizations.spectral_norm
+        middle = [nn.LayerNorm(12)] if layer_norm else []
+        self.net = nn.Sequential(norm(nn.Linear(16, 12)), *middle, nn.SiLU(), norm(nn.Linear(12, 1)))
+
+    def forward(self, z):
+        return self.net(z).squeeze(1) * self.net[0].bias.exp()[0]
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_threads_that_sample_one_module_leave_its_buffers_alone(layer_norm):
+    torch.manual_seed(3)
+    energy, z = Scaled(layer_norm), normal(12, 16)
+    sampler = jf.FastLangevin(energy, n_steps=5)
+    expected = [sampler(z, noise_key=key) for key in range(40)]
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in energy.named_buffers()}
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda key: sampler(z, noise_key=key), range(40)))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for name, buffer in energy.named_buffers():
+        assert buffer is buffers[name][0], name
+        assert torch.equal(buffer, buffers[name][1]), name
