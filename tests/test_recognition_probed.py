@@ -414,3 +414,10 @@ def test_a_method_put_on_one_module_alone_runs_through_autograd():
     sampler = jf.FastLangevin(model.own, n_steps=5)
     assert "not recognised" in sampler.explain(Z)
     torch.testing.assert_close(sampler(Z, noise=NOISE), published_loop(model.own, Z, 0.4, NOISE), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["mish by hand", "temperature inside logsumexp", "standardised latents"])
+def test_a_copy_as_an_energy_mlp(name):
+    net = FORMS[name]()
+    energy = jf.EnergyMLP.from_module(net, DIM)
+    torch.testing.assert_close(energy(Z), net(Z).reshape(-1), rtol=1e-5, atol=1e-5)
