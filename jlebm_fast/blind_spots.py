@@ -8,6 +8,7 @@ code that a forward reaches names: methods that it does not call, torch's own co
 from __future__ import annotations
 
 import argparse
+import dis
 import types
 from collections.abc import Iterator
 from itertools import filterfalse
@@ -75,9 +76,8 @@ def _reached(net: nn.Module, method: str, attributes: dict) -> list[types.Functi
         found[id(function)] = function
         waiting += map(contents_of, function.__closure__ or ())
         for code in codes_of(function):
-            for name in code.co_names:
-                waiting.append(function.__globals__.get(name))
-                waiting += [value for value, _ in attributes.get(name, ())]
+            waiting += [function.__globals__.get(name) for name in _globals_of(code)]
+            waiting += [value for name in code.co_names for value, _ in attributes.get(name, ())]
     return list(found.values())
 
 
@@ -88,10 +88,15 @@ def _function_of(value: object) -> types.FunctionType | None:
     return value if type(value) is types.FunctionType else None
 
 
+def _globals_of(code: types.CodeType) -> list[str]:
+    """Names that code looks up as globals; `co_names` has those of attributes too, which may be the same."""
+    return [one.argval for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+
+
 def _named_by(function: types.FunctionType) -> Iterator[tuple[str, object]]:
     """What the code of a function finds outside itself: globals, variables of its closure, default arguments."""
     for code in codes_of(function):
-        for name in code.co_names:
+        for name in _globals_of(code):
             if name in function.__globals__:
                 yield name, function.__globals__[name]
             elif name in _REACHING:

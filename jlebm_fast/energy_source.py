@@ -170,10 +170,10 @@ class EnergySource:
             self.was_mlp = True
             return mlp
         given = conditions(flat, context, y)
-        if given.options:
-            self._check_takes(given)
         read = self._read(layout, given, sign)
         if read is None:
+            if given.options:
+                self._check_takes(given)
             return None
         found, mlp = read
         if context is None and y is None:

@@ -216,6 +216,9 @@ def test_what_is_watched_is_no_blind_spot():
         assert blind_spot(net) is None
 
 
+kind = object()  # a global of the name of an attribute that Options.forward looks at
+
+
 def found(net):
     return EnergySource(net).found(flatten_latents(Z)[1])
 
