@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dis
+import sys
 import types
 from collections.abc import Iterator
 from itertools import filterfalse
@@ -90,7 +91,11 @@ def _function_of(value: object) -> types.FunctionType | None:
 
 def _globals_of(code: types.CodeType) -> list[str]:
     """Names that code looks up as globals; `co_names` has those of attributes too, which may be the same."""
-    return [one.argval for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return _looked_up(code, "LOAD_GLOBAL", "LOAD_NAME")
+
+
+def _looked_up(code: types.CodeType, *instructions: str) -> list[str]:
+    return [one.argval for one in dis.get_instructions(code) if one.opname in instructions]
 
 
 def _named_by(function: types.FunctionType) -> Iterator[tuple[str, object]]:
@@ -101,6 +106,8 @@ def _named_by(function: types.FunctionType) -> Iterator[tuple[str, object]]:
                 yield name, function.__globals__[name]
             elif name in _REACHING:
                 yield name, object()
+        for name in _looked_up(code, "IMPORT_NAME"):
+            yield name, sys.modules.get(name, object())
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         if contents_of(cell) is not EMPTY_CELL:
             yield name, contents_of(cell)

@@ -84,6 +84,13 @@ class OfAnEnvironment(Energy):
         return self.net(z) * float(os.environ.get("JLEBM_TEST_SETTING", "1.0"))
 
 
+class OfAnImport(Energy):
+    def forward(self, z):
+        import os as system
+
+        return self.net(z) * float(system.environ.get("JLEBM_TEST_SETTING", "1.0"))
+
+
 class OfAModule(Energy):
     def forward(self, z):
         return helpers.scaled(self.net(z))
@@ -141,6 +148,7 @@ CASES = {
     "a branch": (OfABranch, {}, set_class),
     "a parameter of an activation": (OfAnActivation, {}, set_class),
     "the environment": (OfAnEnvironment, {}, lambda net: os.environ.update(JLEBM_TEST_SETTING="3.0")),
+    "an import": (OfAnImport, {}, lambda net: os.environ.update(JLEBM_TEST_SETTING="3.0")),
     "a module of Python": (OfAModule, {}, lambda net: setattr(helpers, "value", 3.0)),
     "numpy": (OfAnAttribute, {"setting": np.ones(1)}, set_first),
     "a deque": (OfAnAttribute, {"setting": collections.deque([1.0])}, set_first),
