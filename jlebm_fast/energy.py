@@ -249,7 +249,7 @@ class EnergyMLP(nn.Module):
             >>> EnergyMLP.from_module(net, 16).spec.widths
             (16, 50, 1)
         """
-        from .recognition import Unrecognised, recognise  # recognition knows EnergyMLP
+        from .recognition.examining import Unrecognised, recognise  # recognition knows EnergyMLP
 
         if not isinstance(net, nn.Module):
             raise ValueError(f"net must be a torch.nn.Module, got {describe(net)}")

@@ -13,11 +13,11 @@ from .checks import SUPPORTED_DTYPES, describe, dtype_name
 from .energy import EnergyLinear, EnergyMLP
 from .latents import LatentLayout
 from .modes import chain_mode, is_compiled, run_on_buffers
-from .probing import NO_CONDITIONS, Conditions, OtherPath, Probed
 from .problem import MLP
-from .recognised import Recognised
-from .recognition import Unrecognised, examined, give_up_on, recognised
-from .watching import HOOKS_OF_ALL
+from .recognition.examining import Unrecognised, examined, give_up_on, recognised
+from .recognition.probing import NO_CONDITIONS, Conditions, OtherPath, Probed
+from .recognition.recognised import Recognised
+from .recognition.watching import HOOKS_OF_ALL
 
 _CPU = torch.device("cpu")
 _DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)

@@ -19,9 +19,9 @@ from . import dynamics, registration
 from .energy import EnergyLinear, EnergyMLP
 from .latents import LatentLayout, flatten_latents, flatten_mask
 from .problem import MLP, MLPSpec, Record, Update
-from .recognised import assembled
+from .recognition.recognised import assembled
+from .recognition.snapshots import HOOKS
 from .rng import noise_key_of
-from .snapshots import HOOKS
 
 if TYPE_CHECKING:
     from .sampler import FastLangevin

@@ -18,7 +18,7 @@ from .functional import energy_and_grad
 from .latents import LatentLayout, flatten_latents
 from .modes import chain_mode, device_of
 from .problem import MLP, MLPSpec, Record, Update
-from .recognition import Unrecognised
+from .recognition.examining import Unrecognised
 from .sampler import FastLangevin, Latents
 from .stepwise import AnyEnergy
 

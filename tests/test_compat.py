@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import jlebm_fast as jf
-from jlebm_fast import recognition
+from jlebm_fast.recognition import examining
 from jlebm_fast.rng import draw_noise_key
 
 DIMS = (2, 2, 2, 10)
@@ -187,8 +187,8 @@ def test_a_net_that_nobody_holds_is_freed():
 
 def test_a_net_is_examined_once_for_each_form(monkeypatch):
     examined = []
-    recognise = recognition.recognise
-    monkeypatch.setattr(recognition, "recognise", lambda *a, **k: examined.append(1) or recognise(*a, **k))
+    recognise = examining.recognise
+    monkeypatch.setattr(examining, "recognise", lambda *a, **k: examined.append(1) or recognise(*a, **k))
     net, other, z = score_net(), score_net(), normal(4, 5)
     for _ in range(3):
         for form in ("tanh", "softplus"):

@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import weight_norm as new_weight_norm
 import jlebm_fast as jf
 from jlebm_fast.energy_source import EnergySource
 from jlebm_fast.latents import flatten_latents
-from jlebm_fast.recognition import Recognised, Unrecognised
+from jlebm_fast.recognition.examining import Recognised, Unrecognised
 
 DIMS = (2, 2, 2, 10)
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

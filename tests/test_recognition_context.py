@@ -8,7 +8,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 
 import jlebm_fast as jf
 from jlebm_fast.energy_source import EnergySource
-from jlebm_fast.recognition import _examined
+from jlebm_fast.recognition.examining import _examined
 
 CHAINS, DIMS, CONTEXT = 7, (2, 4), 3
 DIM = sum(DIMS)

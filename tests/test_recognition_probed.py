@@ -13,8 +13,8 @@ from torch.nn.utils.parametrizations import spectral_norm as new_spectral_norm
 import jlebm_fast as jf
 from jlebm_fast.energy_source import EnergySource
 from jlebm_fast.latents import flatten_latents
-from jlebm_fast.probing import Probed
-from jlebm_fast.recognition import Unrecognised
+from jlebm_fast.recognition.examining import Unrecognised
+from jlebm_fast.recognition.probing import Probed
 
 CHAINS, DIM = 6, 10
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 import jlebm_fast as jf
 from jlebm_fast.energy_source import EnergySource
 from jlebm_fast.latents import flatten_latents
-from jlebm_fast.recognition import Recognised
+from jlebm_fast.recognition.examining import Recognised
 
 ACTIVATIONS = (
     nn.ReLU,

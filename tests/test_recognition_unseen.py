@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import jlebm_fast as jf
-from jlebm_fast.blind_spots import blind_spot
 from jlebm_fast.energy_source import EnergySource
 from jlebm_fast.latents import flatten_latents
-from jlebm_fast.probing import Probed
-from jlebm_fast.recognised import Recognised
-from jlebm_fast.recognition import Unrecognised
+from jlebm_fast.recognition.blind_spots import blind_spot
+from jlebm_fast.recognition.examining import Unrecognised
+from jlebm_fast.recognition.probing import Probed
+from jlebm_fast.recognition.recognised import Recognised
 
 Z = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
 

@@ -14,8 +14,8 @@ from torch import nn
 import jlebm_fast as jf
 from jlebm_fast.energy_source import EnergySource
 from jlebm_fast.latents import flatten_latents
-from jlebm_fast.probing import Probed
-from jlebm_fast.recognition import Recognised
+from jlebm_fast.recognition.examining import Recognised
+from jlebm_fast.recognition.probing import Probed
 
 OUTSIDE = {"scale": 1.0}
 

@@ -10,7 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import jlebm_fast as jf
 from jlebm_fast.energy_source import EnergySource
 from jlebm_fast.latents import flatten_latents
-from jlebm_fast.recognition import Recognised
+from jlebm_fast.recognition.examining import Recognised
 
 
 def normal(*shape, seed=31):

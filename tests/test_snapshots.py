@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import jlebm_fast as jf
-from jlebm_fast import recognition
 from jlebm_fast.backends import _native
 from jlebm_fast.energy_source import EnergySource
 from jlebm_fast.latents import flatten_latents
-from jlebm_fast.recognition import Recognised
-from jlebm_fast.watching import Guards
+from jlebm_fast.recognition import examining
+from jlebm_fast.recognition.examining import Recognised
+from jlebm_fast.recognition.watching import Guards
 
 
 def normal(*shape, seed=31):
@@ -121,9 +121,9 @@ TRAINED = {
 def test_a_training_loop_is_examined_once(make, monkeypatch):
     """Each step runs the module's own forward, which may write attributes: the published loop of every such prior."""
     examined = []
-    examine = recognition.recognise
+    examine = examining.recognise
     monkeypatch.setattr(
-        recognition, "recognise", lambda *given, **options: examined.append(1) or examine(*given, **options)
+        examining, "recognise", lambda *given, **options: examined.append(1) or examine(*given, **options)
     )
     torch.manual_seed(5)
     module = make()

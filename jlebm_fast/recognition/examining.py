@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from .backends import eager
+from ..backends import eager
+from ..checks import dtype_name, has_memory
+from ..energy import EnergyLinear
+from ..latents import LatentLayout
+from ..modes import capturing, chain_mode
+from ..ops import check_spec
 from .blind_spots import blind_spot
-from .checks import dtype_name, has_memory
-from .energy import EnergyLinear
 from .following import Follower, Seen
-from .latents import LatentLayout
-from .modes import capturing, chain_mode
 from .observing import InFloat64
-from .ops import check_spec
 from .probing import NO_CONDITIONS, Conditions, Forward, OtherPath, Plan, Probed, read
 from .recognised import Layer, Recognised, assembled, effective_weights
 from .structure import Label, Structure, Untraceable, structure_of

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .latents import LatentLayout
-from .modes import chain_mode, is_compiled, run_on_buffers
-from .problem import MLP, MLPSpec
+from ..latents import LatentLayout
+from ..modes import chain_mode, is_compiled, run_on_buffers
+from ..problem import MLP, MLPSpec
 from .recognised import Layer, converged_buffers
 from .structure import LinearSite, Untraceable
 from .tracing import computed_weight_kind

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import MLPSpec
+from ..problem import MLPSpec
 
 # units of a layer that a sum of networks may have together: its terms run side by side as one network, whose weights
 # between terms are zeros that cost as much as others

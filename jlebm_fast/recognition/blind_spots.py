@@ -118,7 +118,7 @@ def _named_by(function: types.FunctionType) -> Iterator[tuple[str, object]]:
 
 def _is_trusted(value: type | types.FunctionType | types.ModuleType) -> bool:
     """torch's or ours."""
-    return is_of_torch(value) or (getattr(value, "__module__", None) or "").partition(".")[0] == __package__
+    return is_of_torch(value) or (getattr(value, "__module__", None) or "").partition(".")[0] == __package__.partition(".")[0]
 
 
 def _is_seen(value: object, depth: int) -> bool:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .energy import EnergyLinear
-from .modes import capturing, chain_mode
-from .problem import MLP, MLPSpec
-from .spectral import TopSingular, top_singulars
+from ..energy import EnergyLinear
+from ..modes import capturing, chain_mode
+from ..problem import MLP, MLPSpec
+from ..spectral import TopSingular, top_singulars
 from .structure import LinearSite, Structure
 
 _CPU = torch.device("cpu")

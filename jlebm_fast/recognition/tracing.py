@@ -4,7 +4,7 @@ A copy of the module runs in float64 on a small random batch, and every torch ca
 tensor that descends from z carries a `Label`: how far the network has got, and which feature each of its entries is.
 Whatever only rearranges (views, squeezes, cat, indexing) is applied to those entry numbers as well, so any
 wrapping is understood, and anything else gives a label that says in which layer which operation was not understood.
-A trace is a conjecture: `recognition.py` tests it numerically before it is used.
+A trace is a conjecture: `examining.py` tests it numerically before it is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .energy import EnergyLinear
+from ..energy import EnergyLinear
 from .observing import (
     ADDING,
     DROPOUTS,
@@ -46,7 +46,7 @@ class Tracer(ForwardObserver[Label]):
 
     dim       of the latents; those of the condition follow them in the numbers of entries
     numbers   (int or float, value) of those that may scale a value or shape an activation: their origin is known and
-              watched (`recognition.py`)
+              watched (`examining.py`)
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Tracer(ForwardObserver[Label]):
         return result
 
     def _normalise(self, name: str, args: tuple, result: Any) -> None:
-        """Remember what an EnergyMLP makes of a weight with a spectral norm; `recognition.py` tests that it is that."""
+        """Remember what an EnergyMLP makes of a weight with a spectral norm; `examining.py` tests that it is that."""
         if (
             name in ("div", "truediv", "true_divide")
             and len(args) == 2

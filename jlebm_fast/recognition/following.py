@@ -9,7 +9,7 @@ A copy of the module runs in float64 on a small random batch. Of every tensor th
     unknown       nothing that an MLP has, with the reason
 
 Every operation that is not listed below makes it unknown: a test on random numbers cannot tell a clamp far away from
-the identity. What the plan reads is then compared with the forward's own value and gradient (`recognition.py`).
+the identity. What the plan reads is then compared with the forward's own value and gradient (`examining.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .backends import eager
+from ..backends import eager
+from ..problem import ACTIVATIONS, MLPSpec
 from .observing import (
     ADDING,
     DROPOUTS,
@@ -35,7 +36,6 @@ from .observing import (
     name_of,
 )
 from .probing import Place, Plan, Units, index_of, numbers_in
-from .problem import ACTIVATIONS, MLPSpec
 from .structure import WIDEST_SUM, Untraceable
 
 # fmt: off

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .backends import _native
+from ..backends import _native
 
 PLAIN = (bool, int, float, str, type(None))
 OF_EVERY_MODULE = frozenset(nn.Module().__dict__)

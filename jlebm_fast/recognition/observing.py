@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .energy import EnergyLinear
+from ..energy import EnergyLinear
 
 # fmt: off
 REARRANGING = frozenset((
