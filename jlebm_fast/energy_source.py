@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from .checks import SUPPORTED_DTYPES, describe, dtype_name
 from .energy import EnergyLinear, EnergyMLP
 from .latents import LatentLayout
-from .modes import chain_mode, is_compiled, run_on_buffers
+from .modes import capturing, chain_mode, copies_of_buffers, is_compiled, run_on_buffers
 from .problem import MLP
-from .recognition.examining import Unrecognised, examined, give_up_on, recognised
-from .recognition.probing import NO_CONDITIONS, Conditions, OtherPath, Probed
+from .recognition.examining import FORWARD_ERRORS, Unrecognised, copy_of, examined, give_up_on, recognised
+from .recognition.probing import NO_CONDITIONS, Conditions, Forward, OtherPath, Probed, agrees
 from .recognition.recognised import Recognised
 from .recognition.watching import HOOKS_OF_ALL
 
 _CPU = torch.device("cpu")
+_MOST_COUNTS = 256  # numbers of chains that are remembered
 _DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
@@ -76,7 +77,7 @@ class EnergySource:
             return energy
         while isinstance(energy, _DISTRIBUTED):
             energy = energy.module
-        buffers = {name: buffer.clone() for name, buffer in energy.named_buffers()} | (changed or {})
+        buffers = copies_of_buffers(energy) | (changed or {})
         if not buffers:
             return energy
         return lambda z, **options: run_on_buffers(energy, buffers, (z,), options)
@@ -88,6 +89,8 @@ class EnergySource:
         net = self.net
         if not isinstance(net, nn.Module):
             return Unrecognised("it is a plain callable; pass the nn.Module, or a method of it, to have it examined")
+        if nn.utils.parametrize._cache_enabled:  # it would keep weights that were computed without gradients
+            return Unrecognised("inside torch.nn.utils.parametrize.cached() its weights are computed for autograd")
         method = self.method
         if method != "forward" and getattr(type(net), method, None) is not self.energy.__func__:
             return Unrecognised(f"{method} is no method of the class {type(net).__name__}")
@@ -114,25 +117,66 @@ class EnergySource:
             )
 
     def _read(
-        self, layout: LatentLayout, conditions: Conditions, sign: float
+        self, flat: Tensor, layout: LatentLayout, given: Conditions, sign: float, n_steps: int
     ) -> tuple[Recognised | Probed, MLP] | None:
-        """What was found, and the MLP that it is now; None where it is none."""
+        """What was found, and the MLP that it is now, seen to agree with the forward; None for autograd."""
+        why = "its forward takes another path at every call"
         for anew in (False, True):
-            found = self.found(layout, conditions, anew=anew)
-            if isinstance(found, Unrecognised):
+            found = self.found(layout, given, anew=anew)
+            if isinstance(found, Unrecognised) or (isinstance(found, Probed) and not _is_worth(found, flat, n_steps)):
                 return None
-            try:
-                if isinstance(found, Probed):
-                    return found, found.mlp(sign, conditions)
-                return found, found.mlp(sign, conditions.options.get("context"))
-            except OtherPath:
-                continue
-        give_up_on(self.net, layout, self.method, conditions)
+            if not isinstance(found, Probed):
+                mlp = found.mlp(sign, given.options.get("context"))
+                if flat.dtype is not mlp.weights[0].dtype or self._agrees(found, mlp, flat, layout, given, sign):
+                    return found, mlp
+            else:
+                try:
+                    mlp = found.mlp(sign, given)
+                except OtherPath:
+                    continue
+                except FORWARD_ERRORS:
+                    return None
+                if not all(weight.dtype is flat.dtype and weight.device == flat.device for weight in mlp.weights):
+                    return None
+                if self._agrees(found, mlp, flat, layout, given, sign):
+                    return found, mlp
+            why = "at these latents its own value or gradient is another than that of the MLP read out of it"
+        give_up_on(self.net, layout, self.method, given, why)
         return None
+
+    def _agrees(
+        self, found: Recognised | Probed, mlp: MLP, flat: Tensor, layout: LatentLayout, given: Conditions, sign: float
+    ) -> bool:
+        """Whether the MLP has the forward's own value and gradient at these latents: of a plan asked at every call, of
+        parameters read where they stand once for each number of chains."""
+        chains = flat.shape[0]
+        counts = examined(self.net, layout, self.method, given).counts
+        if not chains or capturing(flat.device) or (isinstance(found, Recognised) and chains in counts):
+            return True
+        own = mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
+        try:
+            if isinstance(found, Probed):
+                agreed = agrees(found.forward, layout, own, flat, given)
+            else:
+                # a copy, so that attributes that its forward writes stay as they are
+                twin = copy_of(self.net)
+                agreed = agrees(Forward(twin, self.method), layout, own, flat, given)
+        except FORWARD_ERRORS:
+            return False
+        if agreed and len(counts) < _MOST_COUNTS:
+            counts.add(chains)
+        return agreed
 
     def reason(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> str:
         found = self.found(layout, conditions(flat, context, y))
-        return found.reason if isinstance(found, Unrecognised) else ""
+        if isinstance(found, Unrecognised):
+            return found.reason
+        if isinstance(found, Probed):
+            return (
+                f"it is one, {flat.shape[0]} chains of so few steps are not worth a run of its forward on {found.rows} "
+                "rows for its parameters, or these are of another type than z"
+            )
+        return ""
 
     def how(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> tuple[int, list[str]]:
         """Of how many networks a recognised module is the sum, and what else there is to say of its parameters."""
@@ -156,9 +200,16 @@ class EnergySource:
         return (0, None) if entry is None else (entry.times, entry.change)
 
     def mlp(
-        self, flat: Tensor, layout: LatentLayout, context: Tensor | None, y: Tensor | int | None, sign: float
+        self,
+        flat: Tensor,
+        layout: LatentLayout,
+        context: Tensor | None,
+        y: Tensor | int | None,
+        sign: float,
+        n_steps: int = 0,
     ) -> MLP | None:
-        """sign · energy as the operations take it, with the parameters of this moment; None for autograd.
+        """sign · energy as the operations take it for so many steps, with the parameters of this moment; None for
+        autograd.
 
         Raises:
             ValueError: z, context or y does not fit the energy.
@@ -170,7 +221,7 @@ class EnergySource:
             self.was_mlp = True
             return mlp
         given = conditions(flat, context, y)
-        read = self._read(layout, given, sign)
+        read = self._read(flat, layout, given, sign, n_steps)
         if read is None:
             if given.options:
                 self._check_takes(given)
@@ -189,7 +240,7 @@ class EnergySource:
             )
         return mlp
 
-    def plain_mlp(self, layout: LatentLayout, sign: float, widest: int) -> MLP | None:
+    def plain_mlp(self, layout: LatentLayout, sign: float, widest: int, chains: int) -> MLP | None:
         """`mlp` on the CPU without context or chosen logit, in any mode of the caller's; None where it takes more than
         that, or has a layer wider than `widest`. Not yet compared with z; its tensors are for `cpu_plain.py`, which
         reads no more than their memory."""
@@ -210,13 +261,13 @@ class EnergySource:
         if isinstance(found, Unrecognised):
             self.was_mlp = False
             return None
-        if found.spec.widest > widest:
+        # on the longer way it is compared with the forward
+        if isinstance(found, Probed) or found.spec.widest > widest:
+            return None
+        if chains not in examined(self.net, layout, self.method, NO_CONDITIONS).counts:
             return None
         self._remember(found, layout, net.training)
-        try:
-            return found.plain_mlp(sign)
-        except OtherPath:
-            return None  # examined anew on the longer way
+        return found.plain_mlp(sign)
 
     def _energy_mlp(
         self,
@@ -246,6 +297,11 @@ def _runs_energy_mlp_forward(net: object) -> bool:
         return False
     hooked = net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks
     return not (hooked or any(HOOKS_OF_ALL))
+
+
+def _is_worth(found: Probed, flat: Tensor, n_steps: int) -> bool:
+    """Whether a chain takes more evaluations than the run of the forward that reads its parameters has rows."""
+    return flat.shape[0] * n_steps >= found.rows
 
 
 def conditions(flat: Tensor, context: object, y: object) -> Conditions:

@@ -32,7 +32,7 @@ def _how(n_terms: int) -> str:
 def explain(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, context: object, y: object) -> str:
     """Lines "label  text": energy, path, backend, and one line per backend that was passed over."""
     source = sampler._source
-    mlp = source.mlp(flat, layout, context, y, 1.0)
+    mlp = source.mlp(flat, layout, context, y, 1.0, sampler.n_steps)
     name = source.name()
     if mlp is None:
         spec, op = None, "langevin_step"

@@ -6,11 +6,14 @@ import contextlib
 import functools
 import sys
 import threading
-from typing import Any
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+V = TypeVar("V")
 _CPU = torch.device("cpu")  # equality with it is a third of the time of asking a device for its type
 
 
@@ -96,13 +99,51 @@ def is_compiled(net: object) -> bool:
     return compiler is not None and isinstance(net, compiler.OptimizedModule)
 
 
+def copies_of_buffers(net: torch.nn.Module) -> dict[str, Tensor]:
+    """A module's buffers for a run that may write into them, with the attributes that somebody gave them."""
+    found = {}
+    for name, buffer in net.named_buffers():
+        found[name] = buffer.clone()
+        found[name].__dict__.update(buffer.__dict__)
+    return found
+
+
+class ByIdentity(Generic[V]):
+    """Something of each module, for as long as that lives; of two that say they are equal each has its own."""
+
+    def __init__(self, make: Callable[[], V]) -> None:
+        self._make, self._found = make, {}
+
+    def __getitem__(self, net: torch.nn.Module) -> V:
+        entry = self._found.get(id(net))
+        if entry is None or entry[0]() is not net:
+            key = id(net)
+            entry = (weakref.ref(net, lambda gone: self._forget(key, gone)), self._make())
+            self._found[key] = entry
+        return entry[1]
+
+    def _forget(self, key: int, gone: object) -> None:
+        if key in self._found and self._found[key][0] is gone:
+            del self._found[key]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
 # torch.func.functional_call exchanges a module's buffers while it runs: of two threads, each would put back the other's
-_exchanging = threading.RLock()
+_exchanging: ByIdentity[Any] = ByIdentity(threading.RLock)
 
 
-def run_on_buffers(net: torch.nn.Module, buffers: dict[str, Tensor], args: tuple, options: dict[str, Any]) -> Any:
-    """What a module returns on other buffers, which it may write into; its own stay as they are."""
+def run_on_buffers(
+    net: torch.nn.Module,
+    buffers: dict[str, Tensor],
+    args: tuple,
+    options: dict[str, Any],
+    owner: torch.nn.Module | None = None,
+) -> Any:
+    """What a module returns on other buffers, which it may write into; its own stay as they are. owner: whose they are,
+    if not the module's."""
     if not buffers:
         return net(*args, **options)
-    with _exchanging:
+    with _exchanging[owner or net]:
         return torch.func.functional_call(net, buffers, args, options)

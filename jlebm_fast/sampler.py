@@ -255,7 +255,9 @@ class FastLangevin:
             if usual is None:
                 return None, None
         layout, rows, mean, precision = usual
-        mlp = self._source.plain_mlp(layout, 1.0 if self.maximize else -1.0, cpu_plain.WIDEST_LANES_LAYER)
+        chains = len(z if isinstance(z, Tensor) else z[0])
+        sign = 1.0 if self.maximize else -1.0
+        mlp = self._source.plain_mlp(layout, sign, cpu_plain.WIDEST_LANES_LAYER, chains)
         if mlp is None:
             return None, None
         if noise_key is None and generator is None:
@@ -321,7 +323,7 @@ class FastLangevin:
         if log_likelihood is not None and not callable(log_likelihood):
             raise ValueError(f"log_likelihood must be a callable or None, got {type(log_likelihood).__name__}")
         likelihood = None if log_likelihood is None else stepwise.Likelihood(log_likelihood, layout)
-        mlp = self._source.mlp(flat, layout, context, y, sign)
+        mlp = self._source.mlp(flat, layout, context, y, sign, self.n_steps)
         if mlp is None:
             energy = stepwise.AnyEnergy(self._source.callable(), layout, context, y, sign)
 

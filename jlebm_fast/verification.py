@@ -200,7 +200,7 @@ def _parity_checks(
         exact = eager.langevin_step(flat.double(), grad.double(), _double(first))
         plain, fused = eager.langevin_step(flat, grad, first), ops.langevin_step(flat, grad, first, backend=name)
         checks.append(_parity("langevin_step", name, fused, plain, exact))
-    mlp = sampler._source.mlp(flat, layout, context, y, 1.0 if sampler.maximize else -1.0)
+    mlp = sampler._source.mlp(flat, layout, context, y, 1.0 if sampler.maximize else -1.0, sampler.n_steps)
     if mlp is None:
         return checks
     reason = backends.reason_against(name, "mlp_langevin_chain", device=flat.device, dtype=flat.dtype, spec=mlp.spec)

@@ -42,7 +42,21 @@ def blind_spot(net: nn.Module, method: str = "forward") -> str | None:
         named += [(f"attribute '{name}'", value, depth) for value, depth in attributes[name]]
     for name in ("__getattr__", "__getattribute__", "__call__"):
         named += [(f"'{name}'", object(), 0) for _ in attributes.get(name, ())]
-    return next((f"{what}, a {_kind_of(value)}" for what, value, depth in named if not _is_seen(value, depth)), None)
+    modules, classes = {id(module) for module in net.modules()}, set(classes_behind(net))
+
+    def is_seen(value: object, depth: int) -> bool:
+        # a module or class that is none of the net's own is watched by nobody
+        if isinstance(value, types.MethodType):
+            value = value.__self__
+        if isinstance(value, nn.Module):
+            return id(value) in modules
+        if isinstance(value, type) and issubclass(value, nn.Module):
+            return value in classes or _is_trusted(value)
+        if type(value) in (list, tuple):
+            return _is_seen(value, depth) and all(is_seen(entry, depth - 1) for entry in value)
+        return _is_seen(value, depth)
+
+    return next((f"{what}, a {_kind_of(value)}" for what, value, depth in named if not is_seen(value, depth)), None)
 
 
 def _kind_of(value: object) -> str:
@@ -118,12 +132,15 @@ def _named_by(function: types.FunctionType) -> Iterator[tuple[str, object]]:
 
 def _is_trusted(value: type | types.FunctionType | types.ModuleType) -> bool:
     """torch's or ours."""
-    return is_of_torch(value) or (getattr(value, "__module__", None) or "").partition(".")[0] == __package__.partition(".")[0]
+    return (
+        is_of_torch(value)
+        or (getattr(value, "__module__", None) or "").partition(".")[0] == __package__.partition(".")[0]
+    )
 
 
 def _is_seen(value: object, depth: int) -> bool:
     """Whether a change of it, or of what can be reached through it, would be noticed."""
-    if isinstance(value, (*PLAIN, *_IMMUTABLE, Tensor, nn.Module)):
+    if type(value) in PLAIN or isinstance(value, (*_IMMUTABLE, Tensor, nn.Module)):
         return True
     if isinstance(value, types.ModuleType):
         return is_of_torch(value) or value.__name__.partition(".")[0] in _PURE_MODULES
@@ -131,8 +148,10 @@ def _is_seen(value: object, depth: int) -> bool:
         return is_of_torch(value) or issubclass(value, nn.Module) or value.__module__ in ("builtins", *_PURE_MODULES)
     if isinstance(value, types.MethodType):
         return isinstance(value.__self__, nn.Module)
-    if isinstance(value, (types.FunctionType, property, staticmethod, classmethod)):
-        return True  # its code is reached too
+    if isinstance(value, types.FunctionType):
+        return not vars(value)  # its code is reached too
+    if isinstance(value, (property, staticmethod, classmethod)):
+        return True
     if isinstance(value, (types.BuiltinFunctionType, types.BuiltinMethodType)):
         return value.__module__ in (None, "builtins", "math", "operator") or is_of_torch(value)
     if callable(value) and is_of_torch(type(value)):

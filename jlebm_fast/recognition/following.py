@@ -25,10 +25,8 @@ from ..problem import ACTIVATIONS, MLPSpec
 from .observing import (
     ADDING,
     DROPOUTS,
-    HOOKING,
     JOINING,
     KEEPING,
-    READING,
     REARRANGING,
     ForwardObserver,
     activation_of,
@@ -80,6 +78,7 @@ class Seen(NamedTuple):
     shift        reduced: added last
     n_logits     reduced
     chosen       reduced: the call that chose
+    via          the calls of numbers that lie between it and its root
     why          unknown: in words
     """
 
@@ -93,6 +92,7 @@ class Seen(NamedTuple):
     shift: float = 0.0
     n_logits: int = 1
     chosen: int | None = None
+    via: tuple[int, ...] = ()
     why: str = ""
 
 
@@ -137,6 +137,7 @@ class Follower(ForwardObserver[Seen]):
         self.chains, self.dim = chains, dim
         self.calls: list[tuple[Callable[..., Any], tuple | None]] = []
         self._values: dict[Place, Tensor] = {}
+        self._numbers: dict[int, tuple] = {}
         self._units: dict[int, tuple[Units, tuple[str, float]]] = {}
 
     def __torch_function__(
@@ -144,24 +145,48 @@ class Follower(ForwardObserver[Seen]):
     ) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
-        drawn = draws(name, args, kwargs)
-        if drawn is not None:
-            raise Untraceable(f"{drawn} in {self.where()}")
-        inputs = [(leaf, seen) for leaf in tree_leaves((args, kwargs)) if (seen := self.get(leaf)) is not None]
+        leaves = tree_leaves((args, kwargs))
+        if (drawn := draws(name, args, kwargs)) is not None:
+            self._refuse(f"{drawn} in {self.where()}")
+            raise Untraceable(self.refused)
+        inputs = [(leaf, seen) for leaf in leaves if (seen := self.get(leaf)) is not None]
         of_z = [(leaf, seen) for leaf, seen in inputs if seen.kind != "condition"]
         call = len(self.calls)
         self.calls.append((func, None))
+        if self.unseen_write(leaves):
+            self._refuse(f"forward writes into a view of what {name} is given in {self.where()}")
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if of_z and ((name in READING and not outputs) or name in HOOKING):
-            raise Untraceable(f"forward reads values of z ({name}) in {self.where()}")
+        if inputs and not of_z and self._written(func, args):
+            return result
+        unknown = any(seen.kind == "unknown" for _, seen in of_z)
+        misused = self.misuse(name, bool(inputs), unknown, result, len(outputs))
+        if of_z and name == "requires_grad" and not outputs:
+            misused = "forward asks whether gradients are wanted"
+        if misused is not None:
+            self._refuse(f"{misused} ({name}) in {self.where()}")
         if inputs:
             known = {id(leaf) for leaf, _ in inputs}
-            others = sum(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in tree_leaves((args, kwargs)))
+            others = sum(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in leaves)
             for place, output in enumerate(outputs):
                 one = _Call(name, (call, place), args, kwargs, of_z, len(inputs) - len(of_z), others, output)
                 self.put(output, self._seen(one, inputs))
         return result
+
+    def _refuse(self, why: str) -> None:
+        """Once and for all, whatever the forward makes of an exception."""
+        self.refused = self.refused or why
+
+    def _written(self, func: Callable[..., Any], args: tuple) -> bool:
+        """Whether a condition is written into a tensor, which is of the condition then."""
+        raw = getattr(func, "__name__", "")
+        if raw != "__setitem__" and (not raw.endswith("_") or raw.startswith("__")):
+            return False
+        if args and isinstance(args[0], Tensor):
+            if args[0]._base is not None:
+                self._refuse(f"forward writes a condition into a view ({raw}) in {self.where()}")
+            self.put(args[0], Seen("condition"))
+        return True
 
     def _unknown(self, what: str) -> Seen:
         return Seen("unknown", why=f"{what} in {self.where()}")
@@ -255,9 +280,13 @@ class Follower(ForwardObserver[Seen]):
             return None
         if first.root == _OUT_OF_Z:
             return self._unknown(f"{call.name} of z itself")
+        via = tuple(sorted({number for _, seen in call.of_z for number in seen.via} | {call.place[0]}))
+        for number in via[:-1] if via[-1] == call.place[0] else via:
+            self.calls[number] = (self.calls[number][0], self._numbers[number])
+        self._numbers[call.place[0]] = numbers_in(call.args, call.kwargs)
         values = self._values[first.root]
         matched = next((entry for entry in _CATALOGUE if _equal(call.output, eager.activation(*entry, values))), None)
-        return Seen("elementwise", first.layer, call.place, first.root, activation=matched, of=first.root)
+        return Seen("elementwise", first.layer, call.place, first.root, activation=matched, of=first.root, via=via)
 
     def _affine(self, call: _Call) -> Seen:
         name, args, kwargs, place = call.name, call.args, call.kwargs, call.place
@@ -270,6 +299,10 @@ class Follower(ForwardObserver[Seen]):
             return self._unknown(f"{name} of two values that depend on z")
         if "out" in kwargs or kwargs.get("rounding_mode") is not None:
             return self._unknown(f"{name} with {', '.join(kwargs)}")
+        if "rounding_mode" in kwargs:
+            self._numbers_matter(call)
+        if name.startswith("conv") and max((*call.of_z[0][0].shape[2:], *_kernel_of(args, kwargs))) > 1:
+            return self._unknown(f"{name} over more than one place")
         seen = [self._closed(leaf, label) for leaf, label in call.of_z]
         unknown = next((label for label in seen if label.kind == "unknown"), None)
         if unknown is not None:
@@ -281,11 +314,12 @@ class Follower(ForwardObserver[Seen]):
             return self._unknown(f"{name} with a condition, other than added or joined before the first activation,")
         self._values[place] = call.output.detach().clone()
         if name in _NEGATING:
-            return Seen("affine", layer, place, seen[0].root, -seen[0].factor)
+            return Seen("affine", layer, place, seen[0].root, -seen[0].factor, via=seen[0].via)
         if scales and len(call.numbers) == 1:
             number = call.numbers[0]
             factor = seen[0].factor / number if name in _DIVIDING else seen[0].factor * number
-            return Seen("affine", layer, place, seen[0].root, factor)
+            self._numbers[place[0]] = numbers_in(args, kwargs)
+            return Seen("affine", layer, place, seen[0].root, factor, via=(*seen[0].via, place[0]))
         return Seen("affine", layer, place, place)
 
     def _closed(self, tensor: Tensor, seen: Seen) -> Seen:
@@ -298,7 +332,10 @@ class Follower(ForwardObserver[Seen]):
         values = self._values.get(seen.of)
         if values is None or values.shape[0] != self.chains:
             return self._unknown("an activation of what has no row per chain")
-        units = Units(seen.layer + 1, seen.of, seen.made[0], tensor.numel() // self.chains)
+        width = tensor.numel() // self.chains
+        if values.numel() > self.chains * max(values.shape[1:], default=1) and width > WIDEST_SUM:
+            return self._unknown(f"an activation of {width} units in several rows per chain, more than {WIDEST_SUM},")
+        units = Units(seen.layer + 1, seen.of, seen.made[0], width)
         self._units[seen.made[0]] = (units, seen.activation)
         return Seen("affine", seen.layer + 1, seen.made, seen.made)
 
@@ -309,6 +346,10 @@ class Follower(ForwardObserver[Seen]):
             Untraceable: no MLP.
         """
         seen = self.get(output)
+        if self.unseen_write([output]):
+            self._refuse("forward writes into a view of what it returns")
+        if self.refused is not None:
+            raise Untraceable(self.refused)
         if seen is None or seen.kind == "condition":
             raise Untraceable("its output is not a tensor that torch operations computed from z")
         if seen.kind == "elementwise" and (seen.activation or ("", 0.0))[0] not in ("tanh", "sigmoid", "softplus"):
@@ -355,6 +396,12 @@ class Follower(ForwardObserver[Seen]):
         )
         units = tuple(units for entries in of_layers for units, _ in entries)
         return Plan(tuple(self.calls), units, spec, logits, seen.chosen, seen.shift / scale)
+
+
+def _kernel_of(args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """The extent of a convolution's weight."""
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    return tuple(weight.shape[2:])
 
 
 def _equal(value: Tensor, expected: Tensor) -> bool:

@@ -23,10 +23,17 @@ REARRANGING = frozenset((
 JOINING = frozenset(("cat", "concat", "concatenate", "hstack", "column_stack", "stack", "vstack"))
 ADDING = frozenset(("add", "radd", "iadd", "sub", "rsub", "isub", "subtract"))
 KEEPING = frozenset((
-    "contiguous", "clone", "to", "double", "type", "type_as", "detach", "data", "requires_grad", "alias",
+    "contiguous", "clone", "to", "double", "type", "type_as", "detach", "requires_grad", "alias",
 ))
 READING = frozenset(("item", "bool", "float", "int", "tolist", "numpy", "array", "index", "equal", "allclose",
                      "is_nonzero"))
+# what a tensor is, without what it holds
+METADATA = frozenset((
+    "shape", "size", "dim", "ndim", "ndimension", "dtype", "device", "numel", "nelement", "len", "stride", "layout",
+    "is_contiguous", "is_cuda", "is_cpu", "is_floating_point", "is_complex", "element_size", "itemsize", "get_device",
+    "storage_offset", "requires_grad", "is_leaf", "grad_fn", "grad", "is_sparse", "is_quantized", "is_meta", "names",
+    "is_nested", "is_neg", "is_conj", "is_inference", "type", "output_nr",
+))
 HOOKING = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
 DRAWING = frozenset((
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli",
@@ -46,7 +53,7 @@ class ForwardObserver(TorchFunctionMode, Generic[L]):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.labels: dict[int, tuple[Tensor, L]] = {}
+        self.labels: dict[int, tuple[Tensor, L, int]] = {}
         self.refused: str | None = None
         self.stack: list[tuple[str, nn.Module]] = []
         self._hooks = []
@@ -64,11 +71,30 @@ class ForwardObserver(TorchFunctionMode, Generic[L]):
 
     def put(self, tensor: Tensor, label: L) -> None:
         # the tensor is kept alive, or its id could be given to another
-        self.labels[id(tensor)] = (tensor, label)
+        self.labels[id(tensor)] = (tensor, label, tensor._version)
 
     def get(self, tensor: object) -> L | None:
         found = self.labels.get(id(tensor)) if isinstance(tensor, Tensor) else None
         return None if found is None else found[1]
+
+    def unseen_write(self, leaves: list) -> bool:
+        """Whether any of these was written into through another view since it was labelled."""
+        found = [self.labels.get(id(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
+        return any(entry is not None and entry[0]._version != entry[2] for entry in found)
+
+    def misuse(self, name: str, labelled: bool, unknown: bool, result: object, n_outputs: int) -> str | None:
+        """Why a call on labelled tensors leaves the trace: it reads their values or writes where no label follows."""
+        if not labelled:
+            return None
+        if name in HOOKING:
+            return "forward hooks into a gradient"
+        if name == "data":
+            return "forward takes tensors out of autograd's sight"
+        if n_outputs == 0 and result is None and name not in METADATA:
+            return "forward writes in place"
+        if n_outputs == 0 and (name not in METADATA or unknown):
+            return "forward reads values of z"
+        return None
 
     def where(self) -> str:
         path, module = self.stack[-1] if self.stack else ("", self.net)

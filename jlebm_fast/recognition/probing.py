@@ -16,13 +16,15 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..backends import eager
 from ..latents import LatentLayout
-from ..modes import chain_mode, is_compiled, run_on_buffers
+from ..modes import chain_mode, copies_of_buffers, is_compiled, run_on_buffers
 from ..problem import MLP, MLPSpec
 from .recognised import Layer, converged_buffers
 from .structure import LinearSite, Untraceable
@@ -75,13 +77,10 @@ class OtherPath(Exception):
     """A forward that went another way than when its plan was made."""
 
 
-class _AllRead(Exception):
-    """Nothing more is wanted of a forward."""
-
-
 def numbers_in(args: tuple, kwargs: dict[str, Any]) -> tuple:
     """Plain values among the arguments of a call."""
-    return tuple(leaf for leaf in tree_leaves((args, kwargs)) if leaf is None or isinstance(leaf, (int, float, str)))
+    plain = (int, float, str, np.generic, type(None))
+    return tuple(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, plain))
 
 
 def unit_vectors(rows: int, n: int, like: Tensor) -> Tensor:
@@ -92,41 +91,51 @@ def unit_vectors(rows: int, n: int, like: Tensor) -> Tensor:
 
 
 class _Reader(TorchFunctionMode):
-    """Follows a plan through one run: keeps what is made at the wanted places, replaces what activations make."""
+    """Follows a plan through one run: keeps what is made at the wanted places, replaces what activations make.
 
-    def __init__(self, plan: Plan, wanted: Sequence[Place], replaced: dict[int, Tensor], *, until: int | None) -> None:
+    Where a call is another than the plan's, the run goes on untouched to its end, so that whatever the forward sets up
+    it also takes down; `failed` says so then.
+    """
+
+    def __init__(self, plan: Plan, wanted: Sequence[Place], replaced: dict[int, Tensor]) -> None:
         super().__init__()
-        self._plan, self._replaced, self._until = plan, replaced, until
+        self._plan, self._replaced = plan, replaced
         self._wanted: dict[int, list[int]] = {}
         for call, leaf in wanted:
             self._wanted.setdefault(call, []).append(leaf)
-        self.count = 0
+        self._count = 0
+        self._failed = False
         self.found: dict[Place, Tensor] = {}
         self.chosen: Tensor | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run was not that of the plan."""
+        return self._failed or self._count != len(self._plan.calls)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        call, calls = self.count, self._plan.calls
-        self.count += 1
-        if call >= len(calls) or func != calls[call][0]:
-            raise OtherPath
-        if calls[call][1] is not None and numbers_in(args, kwargs) != calls[call][1]:
-            raise OtherPath
+        call, calls = self._count, self._plan.calls
+        self._count += 1
+        numbers = calls[call][1] if call < len(calls) else None
+        if call >= len(calls) or func != calls[call][0] or numbers not in (None, numbers_in(args, kwargs)):
+            self._failed = True
+        if self._failed:
+            return func(*args, **kwargs)
         if call == self._plan.chosen:
             self.chosen = index_of(args, kwargs)
         result = func(*args, **kwargs)
         if call in self._replaced:
             if result.numel() != self._replaced[call].numel():
-                raise OtherPath
+                self._failed = True
+                return result
             units = self._replaced[call].view(result.shape)
             # one that works in place is seen through other names too
             result = result.copy_(units) if any(result is arg for arg in args) else units
         for leaf in self._wanted.get(call, ()):
             self.found[call, leaf] = [t for t in tree_leaves(result) if isinstance(t, Tensor)][leaf].clone()
-        if call == self._until:
-            raise _AllRead
         return result
 
 
@@ -200,7 +209,7 @@ class Forward:
 
     def buffers(self) -> dict[str, Tensor]:
         """Those of the module, of spectral norms the converged ones; a run leaves the module's own as they are."""
-        return {name: buffer.clone() for name, buffer in self._net().named_buffers()} | self.converged_buffers()
+        return copies_of_buffers(self._net()) | self.converged_buffers()
 
     def __call__(self, buffers: dict[str, Tensor], z: Any, options: dict[str, Any]) -> Any:
         # what is compiled shows none of its calls
@@ -214,7 +223,7 @@ class Forward:
         if not buffers:
             return getattr(net, self._method)(z, **options)
         named = {f"owner.{name}": buffer for name, buffer in buffers.items()}
-        return run_on_buffers(MethodOf(net, self._method), named, (z,), options)
+        return run_on_buffers(MethodOf(net, self._method), named, (z,), options, owner=net)
 
     def converged_buffers(self) -> dict[str, Tensor]:
         """Buffers (u, v) of spectral norms as after enough power iterations."""
@@ -259,7 +268,7 @@ class Probed:
     why: str | None = None  # what its code looks at, so that no other way to read it can be trusted
 
     def __init__(self, forward: Forward, layout: LatentLayout, plan: Plan, like: Tensor) -> None:
-        self._forward, self._layout, self._plan = forward, layout, plan
+        self.forward, self._layout, self._plan = forward, layout, plan
         self.spec = plan.spec
         self._dtype, self._device = like.dtype, like.device
         self.converged_buffers = forward.converged_buffers
@@ -267,17 +276,12 @@ class Probed:
     @property
     def normed(self) -> bool:
         """Whether any weight is divided by its spectral norm."""
-        return bool(self._forward.norms)
+        return bool(self.forward.norms)
 
     @property
     def rows(self) -> int:
         """Of the latents that one reading runs on."""
         return 1 + max(self.spec.widths[:-1])
-
-    def plain_mlp(self, sign: float) -> MLP:
-        """`mlp` of an energy without condition, in any mode of the caller's."""
-        with chain_mode(_CPU):
-            return self.mlp(sign)
 
     def mlp(self, sign: float = 1.0, conditions: Conditions = NO_CONDITIONS) -> MLP:
         """The energy times sign, with the parameters of this moment.
@@ -286,7 +290,7 @@ class Probed:
             OtherPath: the forward is not what it was.
         """
         with torch.no_grad():
-            mlp = read(self._plan, self._forward, self._layout, conditions, self._dtype, self._device)
+            mlp = read(self._plan, self.forward, self._layout, conditions, self._dtype, self._device)
         return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
 
 
@@ -314,11 +318,11 @@ def read(
         columns[start : start + units.width].fill_diagonal_(1.0)
         replaced[units.activated] = columns
         seen[units.layer] += units.width
-    reader = _Reader(plan, [*(units.of for units in plan.units), plan.logits], replaced, until=None)
+    reader = _Reader(plan, [*(units.of for units in plan.units), plan.logits], replaced)
     z, alike = layout.restore(unit_vectors(rows, spec.dim, like)), conditions.first(rows).options
     with reader:
         forward(buffers, z, alike)
-    if reader.count != len(plan.calls):
+    if reader.failed:
         raise OtherPath
     made = [reader.found[units.of].reshape(rows, -1) for units in plan.units]
     made.append(reader.found[plan.logits].reshape(rows, -1))
@@ -335,12 +339,62 @@ def read(
     if not any(conditions.of_chains):
         return MLP(spec, tuple(weights), tuple(biases))
     first = [plan.units[i].of for i in plan.first_units()]
-    until = max(call for call, _ in first) if plan.chosen is None else plan.chosen
-    reader = _Reader(plan, first, {}, until=until)
-    chains = conditions.chains
+    reader, chains = _Reader(plan, first, {}), conditions.chains
     z, buffers = layout.restore(like.new_zeros(chains, spec.dim)), forward.buffers()
-    with reader, contextlib.suppress(_AllRead):
+    with reader:
         forward(buffers, z, conditions.options)
+    if reader.failed:
+        raise OtherPath
     base = torch.cat([reader.found[place].reshape(chains, -1) for place in first], 1)
-    chosen = None if reader.chosen is None else reader.chosen.reshape(-1).contiguous()
+    chosen = reader.chosen
+    if chosen is not None:  # counted from the end where they are negative
+        chosen = chosen.reshape(-1)
+        chosen = torch.where(chosen < 0, chosen + spec.n_logits, chosen)
     return MLP(spec, tuple(weights), (None, *biases[1:]), base, chosen)
+
+
+# rows on which a reading is compared with the forward's own value and gradient
+_MOST_COMPARED = 4096
+_CLOSE, _CLOSE_ON_A_GPU = 2e-4, 2e-2  # there products may be tf32
+_ASIDE = 1e-2  # how far a second look is taken where a kink may have lain within rounding
+
+
+def agrees(forward: Forward, layout: LatentLayout, mlp: MLP, flat: Tensor, conditions: Conditions) -> bool:
+    """Whether an MLP has the forward's own value and gradient at these latents, relative to the largest; a chain that is
+    off is looked at a second time, a little aside."""
+    if flat.shape[0] > _MOST_COMPARED:
+        flat, conditions = flat[:_MOST_COMPARED], conditions.rows(range(_MOST_COMPARED))
+        bias, logit = (None if t is None else t[:_MOST_COMPARED] for t in (mlp.context_bias, mlp.logit))
+        mlp = mlp._replace(context_bias=bias, logit=logit)
+    off = _off(forward, layout, mlp, flat, conditions)
+    if off is None or not bool(off.any()):
+        return off is not None
+    aside = torch.randn(flat.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+    still = _off(forward, layout, mlp, flat + _ASIDE * aside.to(flat.device, flat.dtype), conditions)
+    return still is not None and not bool((off & still).any())
+
+
+def _off(forward: Forward, layout: LatentLayout, mlp: MLP, flat: Tensor, conditions: Conditions) -> Tensor | None:
+    """Which chains [chains] have another value or gradient; None where the forward has none that depends on z."""
+    chains = flat.shape[0]
+    with chain_mode(flat.device, gradients=True):
+        z = flat.clone().requires_grad_()
+        output = forward(forward.buffers(), layout.restore(z * 1), conditions.options)
+        if not isinstance(output, Tensor) or output.numel() != chains or not output.requires_grad:
+            return None
+        (grad,) = torch.autograd.grad(output.sum(), z, allow_unused=True)
+    if grad is None:
+        return None
+    with torch.no_grad():
+        value, ours = eager.mlp_energy_grad(flat, mlp)
+        close = _CLOSE if flat.is_cpu else _CLOSE_ON_A_GPU
+        own = output.detach().reshape(chains, 1).to(value.dtype)
+        return _far(value.view(chains, 1), own, close) | _far(ours, grad, close)
+
+
+def _far(value: Tensor, own: Tensor, close: float) -> Tensor:
+    """Which chains [chains] are farther off than that; where the own is not finite nothing is asked."""
+    finite = own.isfinite()
+    largest = torch.where(finite, own.abs(), 0.0).amax() if own.numel() else own.new_zeros(())
+    near = (value - own).abs() <= close * largest + 1e-7
+    return (finite & ~near).any(dim=1)

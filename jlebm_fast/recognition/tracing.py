@@ -21,7 +21,6 @@ from ..energy import EnergyLinear
 from .observing import (
     ADDING,
     DROPOUTS,
-    HOOKING,
     JOINING,
     KEEPING,
     READING,
@@ -75,6 +74,8 @@ class Tracer(ForwardObserver[Label]):
             Untraceable: the module did what no MLP does, or its output has no label.
         """
         label = self.get(output)
+        if self.refused is None and self.unseen_write([output]):
+            self.refused = "forward writes into a view of what it returns"
         if self.refused is not None:
             raise Untraceable(self.refused)
         if label is None:
@@ -87,8 +88,11 @@ class Tracer(ForwardObserver[Label]):
         self, func: Callable[..., Any], types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = [label for label in map(self.get, tree_leaves((args, kwargs))) if label is not None]
+        leaves = tree_leaves((args, kwargs))
+        inputs = [label for label in map(self.get, leaves) if label is not None]
         name = name_of(func)
+        if self.unseen_write(leaves):
+            self.refused = self.refused or f"forward writes into a view of what {name} is given in {self.where()}"
         drawn = draws(name, args, kwargs)
         if drawn is not None:
             # before it does: torch's generator is not ours to advance, nor to set back under other threads
@@ -103,9 +107,10 @@ class Tracer(ForwardObserver[Label]):
             self._normalise(name, args, result)
             return result
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        misused = self.misuse(name, True, any(label.unknown for label in inputs), result, len(outputs))
+        if misused is not None:
+            self.refused = self.refused or f"{misused} ({name}) in {self.where()}"
         if not outputs:
-            if name in HOOKING:
-                self.refused = self.refused or f"forward hooks into a gradient ({name}) in {self.where()}"
             return result
         unknown = next((label for label in inputs if label.unknown), None)
         if unknown is not None:
