@@ -360,8 +360,10 @@ _ASIDE = 1e-2  # how far a second look is taken where a kink may have lain withi
 
 
 def agrees(forward: Forward, layout: LatentLayout, mlp: MLP, flat: Tensor, conditions: Conditions) -> bool:
-    """Whether an MLP has the forward's own value and gradient at these latents, relative to the largest; a chain that is
-    off is looked at a second time, a little aside."""
+    """Whether an MLP has the forward's own value and gradient at these latents, relative to the largest.
+
+    A chain that is off is looked at a second time, a little aside.
+    """
     if flat.shape[0] > _MOST_COMPARED:
         flat, conditions = flat[:_MOST_COMPARED], conditions.rows(range(_MOST_COMPARED))
         bias, logit = (None if t is None else t[:_MOST_COMPARED] for t in (mlp.context_bias, mlp.logit))
