@@ -8,6 +8,7 @@ code that a forward reaches names: methods that it does not call, torch's own co
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import dis
 import sys
 import types
@@ -31,6 +32,17 @@ _REACHING = frozenset(
 )
 
 
+# what a module has of its own that is not looked at as such
+_OF_MODULES = frozenset(
+    ("_buffers", "_parameters", "_modules", "__dict__", "_non_persistent_buffers_set", "state_dict", "named_buffers")
+)
+# of a class whose instances are their attributes and nothing else
+_OF_RECORDS = frozenset(vars(dataclasses.make_dataclass("Record", ["field"]))) | {
+    "__annotations__", "__slotnames__", "__static_attributes__", "__firstlineno__", "__annotate_func__", "__annotations_cache__",
+    "__annotate__", "__order__", "__lt__", "__le__", "__gt__", "__ge__", "__setattr__", "__delattr__",
+}  # fmt: skip
+
+
 def blind_spot(net: nn.Module, method: str = "forward") -> str | None:
     """The first thing that the code behind a forward, or another method, looks at and nobody watches; None if there is
     none."""
@@ -40,6 +52,7 @@ def blind_spot(net: nn.Module, method: str = "forward") -> str | None:
     named = [(f"'{name}'", value, DEPTH_OUTSIDE) for function in functions for name, value in _named_by(function)]
     for name in sorted(names & attributes.keys()):
         named += [(f"attribute '{name}'", value, depth) for value, depth in attributes[name]]
+    named += [(f"'{name}'", object(), 0) for name in sorted(names & _OF_MODULES)]
     for name in ("__getattr__", "__getattribute__", "__call__"):
         named += [(f"'{name}'", object(), 0) for _ in attributes.get(name, ())]
     modules, classes = {id(module) for module in net.modules()}, set(classes_behind(net))
@@ -170,4 +183,4 @@ def _is_record(value: object) -> bool:
         return False
     names = {name for cls in type(value).__mro__[:-1] for name in vars(cls)}
     others = {name for name in names if not name.startswith("__")} - vars(value).keys()
-    return not others and not names & {"__getattr__", "__getattribute__", "__slots__", "__getitem__"}
+    return not others and {name for name in names if name.startswith("__")} <= _OF_RECORDS

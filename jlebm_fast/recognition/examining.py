@@ -118,6 +118,8 @@ def _trace(
         structure, linears = structure_of(tracer.label_of(output), chains, dim, context_dim)
         check_spec(structure.spec)
         (expected_grad,) = torch.autograd.grad(output.sum(), flat, allow_unused=True)
+    except Untraceable:
+        raise
     except FORWARD_ERRORS as error:
         raise Untraceable(f"a float64 copy of it, run on {chains} random chains, raised {error}") from error
     finally:
@@ -181,6 +183,8 @@ def _follow(
                 mlp = read(plan, forward, layout, given, flat.dtype, device)
             expected = forward(forward.buffers(), layout.restore(flat * 1), given.options)
         (expected_grad,) = torch.autograd.grad(expected.sum(), flat, allow_unused=True)
+    except Untraceable:
+        raise
     except OtherPath:
         raise Untraceable("its forward takes another path when it runs again") from None
     except FORWARD_ERRORS as error:

@@ -9,6 +9,7 @@ A trace is a conjecture: `examining.py` tests it numerically before it is used.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ from .observing import (
 from .snapshots import MOST_ENTRIES
 from .structure import Label, Linear, LinearSite, Untraceable
 
+_OF_PARAMETERS = frozenset(("shape", "size", "dim", "ndim", "numel", "nelement", "len", "dtype", "device"))
 _DEFAULTS = {"leaky_relu": 0.01, "elu": 1.0, "softplus": 1.0}
 # whoever changed it later would not be noticed
 _OF_UNKNOWN_ORIGIN = (
@@ -105,6 +107,8 @@ class Tracer(ForwardObserver[Label]):
             self.refused = self.refused or f"forward reads {what} ({name}) in {self.where()}"
         if not inputs:
             self._normalise(name, args, result)
+            if self._asks(name, leaves, result) and _is_users_code():
+                self.refused = self.refused or f"forward asks a tensor for its {name} in {self.where()}"
             return result
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         misused = self.misuse(name, True, any(label.unknown for label in inputs), result, len(outputs))
@@ -123,6 +127,15 @@ class Tracer(ForwardObserver[Label]):
             for output in outputs:
                 self.put(output, label)
         return result
+
+    def _asks(self, name: str, leaves: list, result: object) -> bool:
+        """Whether a call gives no tensor but something about one that may change unseen: all but a parameter's shape,
+        type and place."""
+        if result is None or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            return False
+        asked = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        of_parameters = name in _OF_PARAMETERS and all(id(leaf) in self._owners for leaf in asked)
+        return bool(asked) and not of_parameters
 
     def _normalise(self, name: str, args: tuple, result: Any) -> None:
         """Remember what an EnergyMLP makes of a weight with a spectral norm; `examining.py` tests that it is that."""
@@ -344,6 +357,14 @@ class Tracer(ForwardObserver[Label]):
         if kind is None:
             return "a weight that is computed in a way we do not know"
         return LinearSite(path, kind, "weight", bias_path, bias_name)
+
+
+def _is_users_code() -> bool:
+    """Whether the call that is being looked at stands in code that is not torch's."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in ("torch.overrides", __name__):
+        frame = frame.f_back
+    return frame is not None and not frame.f_globals.get("__name__", "").startswith("torch")
 
 
 def computed_weight_kind(module: nn.Module) -> str | None:
