@@ -2,13 +2,15 @@
 
     trace      a float64 copy of the module runs once and `tracing.py` conjectures its structure
     follow     where that finds none, `following.py` conjectures where in the forward its layers stand
-    test       value and gradient of that structure against the copy's own, on random inputs of two batch sizes
+    test       value and gradient of that structure against the copy's own, on random inputs of two batch sizes; and
+               against the module's in its own type, at latents of its user (`energy_source.py`)
     condition  a context beside z is part of the first layer's inputs, constant along a chain
     keep       the structure, per module and weakly; never a parameter: `recognised.py` reads those at every call, or
                `probing.py` by a run of the forward
     watch      modules, forwards, modes (train/eval), ties between parameters, attributes (plain values however nested,
                identities of the rest), globals, closures and methods that the code names: what differs from the
-               trace's starts it anew. A plan needs no such watch: each run is compared with it
+               trace's starts it anew. What code looks at that cannot be watched (`blind_spots.py`) leaves the plan, whose
+               every run is compared with it
     refuse     what could change unseen: foreign hooks, values of tensors read by a forward, numbers of unknown origin
 
 A module that is not recognised runs its own forward under autograd, on clones of its buffers, so that sampling leaves a

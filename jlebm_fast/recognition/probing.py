@@ -6,7 +6,8 @@
 
 `following.py` finds out once where the activations stand, the Plan; each call of a chain then costs one such run, and
 sees the parameters, buffers, numbers and attributes of that moment. A run that makes other calls of torch than the
-plan, or others of the numbers that shape an activation, is OtherPath.
+plan, or others of the numbers that shape an activation, is OtherPath. Calls that are the same but of other tensors are
+seen by `agrees`, which compares what was read with the forward's own value and gradient where a chain starts.
 """
 
 from __future__ import annotations
