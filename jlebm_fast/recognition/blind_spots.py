@@ -39,7 +39,8 @@ _OF_MODULES = frozenset(
 # of a class whose instances are their attributes and nothing else
 _OF_RECORDS = frozenset(vars(dataclasses.make_dataclass("Record", ["field"]))) | {
     "__annotations__", "__slotnames__", "__static_attributes__", "__firstlineno__", "__annotate_func__",
-    "__annotations_cache__", "__annotate__", "__order__", "__lt__", "__le__", "__gt__", "__ge__", "__setattr__", "__delattr__",
+    "__annotations_cache__", "__annotate__", "__order__", "__lt__", "__le__", "__gt__", "__ge__", "__setattr__",
+    "__delattr__",
 }  # fmt: skip
 
 

@@ -9,8 +9,8 @@
                `probing.py` by a run of the forward
     watch      modules, forwards, modes (train/eval), ties between parameters, attributes (plain values however nested,
                identities of the rest), globals, closures and methods that the code names: what differs from the
-               trace's starts it anew. What code looks at that cannot be watched (`blind_spots.py`) leaves the plan, whose
-               every run is compared with it
+               trace's starts it anew. Where code looks at what cannot be watched (`blind_spots.py`) there is the plan
+               alone, with which every run is compared
     refuse     what could change unseen: foreign hooks, values of tensors read by a forward, numbers of unknown origin
 
 A module that is not recognised runs its own forward under autograd, on clones of its buffers, so that sampling leaves a

@@ -2,7 +2,7 @@
 
     rows       z = 0, e_1, …, e_dim: what the first activation is given there is b_1 and b_1 + the columns of W_1
     replace    what an activation makes gives way to rows 0, e_1, … as well, so the next one shows W_2 and b_2, …
-    condition  the first layer's b_1 of each chain comes from one more run with all chains and z = 0, up to there
+    condition  the first layer's b_1 of each chain comes from one more run with all chains and z = 0
 
 `following.py` finds out once where the activations stand, the Plan; each call of a chain then costs one such run, and
 sees the parameters, buffers, numbers and attributes of that moment. A run that makes other calls of torch than the
