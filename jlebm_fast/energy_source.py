@@ -140,7 +140,7 @@ class EnergySource:
                     return None
                 if self._agrees(found, mlp, flat, layout, given, sign):
                     return found, mlp
-            why = "at these latents its own value or gradient is another than that of the MLP read out of it"
+            why = "at these latents it raises, or has another value or gradient than the MLP read out of it"
         give_up_on(self.net, layout, self.method, given, why)
         return None
 

@@ -112,22 +112,22 @@ class ByIdentity(Generic[V]):
     """Something of each module, for as long as that lives; of two that say they are equal each has its own."""
 
     def __init__(self, make: Callable[[], V]) -> None:
-        self._make, self._found = make, {}
+        self._make, self._found, self._making = make, {}, threading.Lock()
 
     def __getitem__(self, net: torch.nn.Module) -> V:
-        entry = self._found.get(id(net))
+        key = id(net)
+        entry = self._found.get(key)
         if entry is None or entry[0]() is not net:
-            key = id(net)
-            entry = (weakref.ref(net, lambda gone: self._forget(key, gone)), self._make())
-            self._found[key] = entry
+            with self._making:  # two threads must not each make one
+                entry = self._found.get(key)
+                if entry is None or entry[0]() is not net:
+                    entry = (weakref.ref(net, lambda gone: self._forget(key, gone)), self._make())
+                    self._found[key] = entry
         return entry[1]
 
     def _forget(self, key: int, gone: object) -> None:
         if key in self._found and self._found[key][0] is gone:
             del self._found[key]
-
-    def __len__(self) -> int:
-        return len(self._found)
 
 
 # torch.func.functional_call exchanges a module's buffers while it runs: of two threads, each would put back the other's

@@ -14,7 +14,6 @@ from torch.nn.utils import parametrizations, parametrize
 import jlebm_fast as jf
 
 DIM = 8
-pytestmark = pytest.mark.filterwarnings("ignore:.*lazy:FutureWarning")
 
 
 def normal(*shape, seed=1):

@@ -268,14 +268,6 @@ class ByTypeAlone(Energy):
         return self.net(z) * 2.0 if z.element_size() == 8 else self.net(z)
 
 
-class CopiedElsewhere(Energy):
-    def forward(self, z):
-        return self.net(z)
-
-    def __deepcopy__(self, memo):
-        return OfAHelper()
-
-
 @pytest.mark.parametrize("make", [ByType, ByTypeAlone])
 def test_a_forward_that_looks_at_types(make):
     net = make()

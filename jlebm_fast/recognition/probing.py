@@ -84,10 +84,10 @@ def numbers_in(args: tuple, kwargs: dict[str, Any]) -> tuple:
     return tuple(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, plain))
 
 
-def unit_vectors(rows: int, n: int, like: Tensor) -> Tensor:
-    """[rows, n]: 0, e_1, …, e_n, zeros."""
+def unit_vectors(rows: int, n: int, like: Tensor, first: int = 1) -> Tensor:
+    """[rows, n]: e_1, …, e_n from row `first` on, zeros elsewhere."""
     found = like.new_zeros(rows, n)
-    found[1 : n + 1].fill_diagonal_(1.0)
+    found[first : first + n].fill_diagonal_(1.0)
     return found
 
 
@@ -314,10 +314,7 @@ def read(
     buffers = forward.buffers()
     replaced, seen = {}, [0] * (spec.n_hidden + 1)
     for units in plan.units:
-        columns = like.new_zeros(rows, units.width)
-        start = 1 + seen[units.layer]
-        columns[start : start + units.width].fill_diagonal_(1.0)
-        replaced[units.activated] = columns
+        replaced[units.activated] = unit_vectors(rows, units.width, like, 1 + seen[units.layer])
         seen[units.layer] += units.width
     reader = _Reader(plan, [*(units.of for units in plan.units), plan.logits], replaced)
     z, alike = layout.restore(unit_vectors(rows, spec.dim, like)), conditions.first(rows).options
