@@ -116,6 +116,22 @@ def test_error_of_median_covers_the_median():
     assert tables.error_of_median([1.0]) == math.inf
 
 
+def test_ratios_hold_against_a_rival_with_the_threads_that_suit_it():
+    def result(threads, seconds):
+        chain = {"section": "chain", "op": "mlp_langevin_chain", "case": "HS", "chains": 100}
+        records = [{**chain, "contender": name, "timing": {"median_s": s}} for name, s in seconds.items()]
+        return {"threads": threads, "records": records}
+
+    slower_with_more = result(1, {"cpu": 2.0, "jax.jit scan": 4.0, "eager loop": 9.0})
+    all_threads = result(2, {"cpu": 1.0, "jax.jit scan": 6.0, "eager loop": 8.0})
+    rows = dict(line.rsplit(maxsplit=1) for line in tables._ratios([slower_with_more, all_threads]).splitlines()[1:])
+    assert rows == {
+        "one batch: cpu, times faster than eager loop": "8.0",
+        "one batch: cpu, times faster than jax.jit scan": "6.0",
+        "one batch: cpu, times faster than jax.jit scan, threads that suit it": "4.0",
+    }
+
+
 def test_report_and_file(monkeypatch, tmp_path, capsys):
     """A whole small run in this process, with the oracle in the place of the kernels."""
     eager = backends.load("eager")
