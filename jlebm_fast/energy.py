@@ -250,6 +250,7 @@ class EnergyMLP(nn.Module):
             (16, 50, 1)
         """
         from .recognition.examining import Unrecognised, recognise  # recognition knows EnergyMLP
+        from .recognition.probing import Probed
 
         if not isinstance(net, nn.Module):
             raise ValueError(f"net must be a torch.nn.Module, got {describe(net)}")
@@ -262,7 +263,12 @@ class EnergyMLP(nn.Module):
             found = recognise(net, LatentLayout(list, dims, ((),) * len(dims)))
         if isinstance(found, Unrecognised):
             raise ValueError(f"net cannot be copied into an EnergyMLP: {found.reason}")
-        mlp = found.mlp()
+        mlp, quadratic = found.mlp() if isinstance(found, Probed) else (found.mlp(), None)
+        if quadratic is not None:
+            raise ValueError(
+                "net cannot be copied into an EnergyMLP: beside its network it holds a Gaussian in z, which "
+                "belongs into prior=GaussianPrior(...) of the sampler"
+            )
         energy = cls.__new__(cls)
         nn.Module.__init__(energy)
         energy._set_up(dims, mlp.spec, (False,) * len(mlp.weights), 0)

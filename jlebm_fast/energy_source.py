@@ -14,6 +14,7 @@ from .energy import EnergyLinear, EnergyMLP
 from .latents import LatentLayout
 from .modes import capturing, chain_mode, copies_of_buffers, is_compiled, run_on_buffers
 from .problem import MLP
+from .quadratic import Quadratic
 from .recognition.examining import FORWARD_ERRORS, Unrecognised, copy_of, examined, give_up_on, recognised
 from .recognition.probing import NO_CONDITIONS, Conditions, Forward, OtherPath, Probed, agrees
 from .recognition.recognised import Recognised
@@ -118,34 +119,40 @@ class EnergySource:
 
     def _read(
         self, flat: Tensor, layout: LatentLayout, given: Conditions, sign: float, n_steps: int
-    ) -> tuple[Recognised | Probed, MLP] | None:
-        """What was found, and the MLP that it is now, seen to agree with the forward; None for autograd."""
+    ) -> tuple[Recognised | Probed, MLP, Quadratic | None] | None:
+        """What was found, and sign times what it is now, seen to agree with the forward; None for autograd."""
         why = "its forward takes another path at every call"
         for anew in (False, True):
             found = self.found(layout, given, anew=anew)
             if isinstance(found, Unrecognised) or (isinstance(found, Probed) and not _is_worth(found, flat, n_steps)):
                 return None
             if not isinstance(found, Probed):
-                mlp = found.mlp(sign, given.options.get("context"))
-                if flat.dtype is not mlp.weights[0].dtype or self._agrees(found, mlp, flat, layout, given, sign):
-                    return found, mlp
+                mlp = found.mlp(1.0, given.options.get("context"))
+                if flat.dtype is not mlp.weights[0].dtype or self._agrees(found, mlp, None, flat, layout, given):
+                    return found, _signed(mlp, sign), None
             else:
                 try:
-                    mlp = found.mlp(sign, given)
+                    mlp, quadratic = found.mlp(given)
                 except OtherPath:
                     continue
                 except FORWARD_ERRORS:
                     return None
                 if not all(weight.dtype is flat.dtype and weight.device == flat.device for weight in mlp.weights):
                     return None
-                if self._agrees(found, mlp, flat, layout, given, sign):
-                    return found, mlp
+                if self._agrees(found, mlp, quadratic, flat, layout, given):
+                    return found, _signed(mlp, sign), None if quadratic is None else quadratic.times(sign)
             why = "at these latents it raises, or has another value or gradient than the MLP read out of it"
         give_up_on(self.net, layout, self.method, given, why)
         return None
 
     def _agrees(
-        self, found: Recognised | Probed, mlp: MLP, flat: Tensor, layout: LatentLayout, given: Conditions, sign: float
+        self,
+        found: Recognised | Probed,
+        mlp: MLP,
+        quadratic: Quadratic | None,
+        flat: Tensor,
+        layout: LatentLayout,
+        given: Conditions,
     ) -> bool:
         """Whether the MLP has the forward's own value and gradient at these latents: of a plan asked at every call, of
         parameters read where they stand once for each number of chains."""
@@ -153,14 +160,13 @@ class EnergySource:
         counts = examined(self.net, layout, self.method, given).counts
         if not chains or capturing(flat.device) or (isinstance(found, Recognised) and chains in counts):
             return True
-        own = mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
         try:
             if isinstance(found, Probed):
-                agreed = agrees(found.forward, layout, own, flat, given)
+                agreed = agrees(found.forward, layout, mlp, quadratic, flat, given)
             else:
                 # a copy, so that attributes that its forward writes stay as they are
                 twin = copy_of(self.net)
-                agreed = agrees(Forward(twin, self.method), layout, own, flat, given)
+                agreed = agrees(Forward(twin, self.method), layout, mlp, quadratic, flat, given)
         except FORWARD_ERRORS:
             return False
         if agreed and len(counts) < _MOST_COUNTS:
@@ -207,9 +213,9 @@ class EnergySource:
         y: Tensor | int | None,
         sign: float,
         n_steps: int = 0,
-    ) -> MLP | None:
-        """sign · energy as the operations take it for so many steps, with the parameters of this moment; None for
-        autograd.
+    ) -> tuple[MLP | None, Quadratic | None]:
+        """sign · energy as the operations take it for so many steps, with the parameters of this moment: a network, and
+        what is added to that of z alone; (None, None) for autograd.
 
         Raises:
             ValueError: z, context or y does not fit the energy.
@@ -219,14 +225,14 @@ class EnergySource:
         if is_plain_energy_mlp(net) and self.method == "forward":
             mlp = self._energy_mlp(net, flat, layout, context, y, sign)
             self.was_mlp = True
-            return mlp
+            return mlp, None
         given = conditions(flat, context, y)
         read = self._read(flat, layout, given, sign, n_steps)
         if read is None:
             if given.options:
                 self._check_takes(given)
-            return None
-        found, mlp = read
+            return None, None
+        found, mlp, quadratic = read
         if context is None and y is None:
             self._remember(found, layout, net.training)
         self.was_mlp = True
@@ -238,7 +244,7 @@ class EnergySource:
                 f"z must be [chains, {mlp.spec.dim}] {dtype_name(weight.dtype)} on {weight.device}, "
                 f"got {describe(flat)}"
             )
-        return mlp
+        return mlp, quadratic
 
     def plain_mlp(self, layout: LatentLayout, sign: float, widest: int, chains: int) -> MLP | None:
         """`mlp` on the CPU without context or chosen logit, in any mode of the caller's; None where it takes more than
@@ -255,8 +261,7 @@ class EnergySource:
                 return MLP(net.spec if sign == 1.0 else net.spec.negated, *parameters)
             if is_plain_energy_mlp(net):
                 with chain_mode(_CPU):
-                    mlp = net.mlp(None)
-                return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
+                    return _signed(net.mlp(None), sign)
         found = self.found(layout)
         if isinstance(found, Unrecognised):
             self.was_mlp = False
@@ -282,8 +287,11 @@ class EnergySource:
             raise ValueError(f"z must be layers of widths {net.latent_dims}, got {layout.dims}")
         net.check_z(flat)
         # the parameters themselves where possible: a chain runs outside autograd
-        mlp = net.mlp(flat, context, y)
-        return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
+        return _signed(net.mlp(flat, context, y), sign)
+
+
+def _signed(mlp: MLP, sign: float) -> MLP:
+    return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
 
 
 def is_plain_energy_mlp(net: object) -> bool:

@@ -32,7 +32,7 @@ def _how(n_terms: int) -> str:
 def explain(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, context: object, y: object) -> str:
     """Lines "label  text": energy, path, backend, and one line per backend that was passed over."""
     source = sampler._source
-    mlp = source.mlp(flat, layout, context, y, 1.0, sampler.n_steps)
+    mlp, quadratic = source.mlp(flat, layout, context, y, 1.0, sampler.n_steps)
     name = source.name()
     if mlp is None:
         spec, op = None, "langevin_step"
@@ -43,6 +43,8 @@ def explain(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, context: 
     else:
         spec, op = mlp.spec, "mlp_langevin_chain"
         n_terms, said = source.how(flat, layout, context, y)
+        if quadratic is not None:
+            said.insert(0, "and a Gaussian in z, joined with the prior; with return_info one gradient per step instead")
         lines = [
             f"energy    {name}: {_how(n_terms)}{describe_spec(spec)}",
             *(f"          {sentence}" for sentence in said),

@@ -203,11 +203,13 @@ def energy_and_grad(
     with chain_mode(device_of(z)):
         flat, layout = flatten_latents(z)
         source = EnergySource(energy)
-        mlp = source.mlp(flat, layout, context, y, 1.0)
+        mlp, quadratic = source.mlp(flat, layout, context, y, 1.0)
         if mlp is None:
             # autograd needs no kernel, but a backend named for another device would be a mistake
             backends.choose("langevin_step", backend, device=flat.device, dtype=flat.dtype)
             value, grad = AnyEnergy(source.callable(), layout, context, y, 1.0)(flat.clone())
         else:
             value, grad = ops.mlp_energy_grad(flat, mlp, backend=backend)
+            if quadratic is not None:
+                value, grad = value + quadratic.value(flat), grad + quadratic.gradient(flat)
         return value, layout.restore(grad)

@@ -323,12 +323,18 @@ class FastLangevin:
         if log_likelihood is not None and not callable(log_likelihood):
             raise ValueError(f"log_likelihood must be a callable or None, got {type(log_likelihood).__name__}")
         likelihood = None if log_likelihood is None else stepwise.Likelihood(log_likelihood, layout)
-        mlp = self._source.mlp(flat, layout, context, y, sign, self.n_steps)
+        mlp, quadratic = self._source.mlp(flat, layout, context, y, sign, self.n_steps)
+        energy = None
         if mlp is None:
             energy = stepwise.AnyEnergy(self._source.callable(), layout, context, y, sign)
+        elif quadratic is not None and record.diagnostics:
+            # the kernel would tell the network's energy and gradient alone
+            energy = stepwise.WithQuadratic(mlp, quadratic, self.backend)
+        elif quadratic is not None:
+            update = quadratic.joined(update)
 
         def run() -> ChainResult:
-            if mlp is None:
+            if energy is not None:
                 return stepwise.any_energy_chain(
                     flat, energy, likelihood, update, self.n_steps, record, self.backend,
                     capture_of(flat, self.n_steps, capture),

@@ -1,6 +1,7 @@
 """Chains whose gradient needs autograd: any energy, and posterior chains with a log-likelihood.
 
-    any energy    per step: one forward and backward of the user's energy, then the fused `langevin_step`
+    any energy    per step: one forward and backward of the user's energy, then the fused `langevin_step`; also an MLP
+                  with a quadratic part, where diagnostics are asked for, with the fused `mlp_energy_grad`
     posterior     per step: the gradient of the log-likelihood, then `mlp_langevin_chain` with n_steps = 1
 
 On a GPU the step is captured once in a CUDA graph and replayed (`captured.py`).
@@ -21,6 +22,7 @@ from .checks import describe
 from .latents import LatentLayout
 from .modes import chain_mode
 from .problem import MLP, ChainResult, Record, Update
+from .quadratic import Quadratic
 
 
 def _gradient(name: str, value: Tensor, z: Tensor) -> Tensor:
@@ -66,6 +68,18 @@ class AnyEnergy(NamedTuple):
             grad = _gradient("energy", value, z)
         value = value.detach().reshape(chains).to(flat.dtype)
         return (value, grad) if self.sign == 1.0 else (self.sign * value, self.sign * grad)
+
+
+class WithQuadratic(NamedTuple):
+    """An MLP and what is added to it of z alone, as (value [chains], gradient [chains, dim])."""
+
+    mlp: MLP
+    quadratic: Quadratic
+    backend: str
+
+    def __call__(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        value, grad = ops.mlp_energy_grad(flat, self.mlp, backend=self.backend)
+        return value + self.quadratic.value(flat), grad + self.quadratic.gradient(flat)
 
 
 class Likelihood(NamedTuple):
@@ -141,7 +155,7 @@ def _run(
 
 def any_energy_chain(
     z: Tensor,
-    energy: AnyEnergy,
+    energy: AnyEnergy | WithQuadratic,
     likelihood: Likelihood | None,
     update: Update,
     n_steps: int,
@@ -149,7 +163,7 @@ def any_energy_chain(
     backend: str,
     capture: Capture | None = None,
 ) -> ChainResult:
-    """n_steps of gradient by autograd and fused step, for an energy that is no recognised MLP."""
+    """n_steps of an energy's gradient, as a rule by autograd, and fused step."""
 
     def step(z: Tensor, update: Update) -> ChainResult:
         value, grad = energy(z)

@@ -200,9 +200,12 @@ def _parity_checks(
         exact = eager.langevin_step(flat.double(), grad.double(), _double(first))
         plain, fused = eager.langevin_step(flat, grad, first), ops.langevin_step(flat, grad, first, backend=name)
         checks.append(_parity("langevin_step", name, fused, plain, exact))
-    mlp = sampler._source.mlp(flat, layout, context, y, 1.0 if sampler.maximize else -1.0, sampler.n_steps)
+    sign = 1.0 if sampler.maximize else -1.0
+    mlp, quadratic = sampler._source.mlp(flat, layout, context, y, sign, sampler.n_steps)
     if mlp is None:
         return checks
+    if quadratic is not None:
+        update = quadratic.joined(update)
     reason = backends.reason_against(name, "mlp_langevin_chain", device=flat.device, dtype=flat.dtype, spec=mlp.spec)
     if reason is not None:
         return [*checks, Check("parity", name, True, f"chains of this energy do not run here: {reason}")]

@@ -52,6 +52,19 @@ def test_jax_runs_the_chain():
     assert not torch.equal(run(z0)[0], run(z0)[0])  # fresh noise in every call
 
 
+def test_torchebm_runs_the_chain():
+    pytest.importorskip("torchebm")
+    network = SHORT.network()
+    run = rivals.torchebm_sampler(SHORT, network)
+    assert parity.rival(SHORT, network, "torchebm", run, 20).passed
+    one_step = dataclasses.replace(SHORT, n_steps=1)
+    run = rivals.torchebm_sampler(one_step, network)
+    z0 = one_step.initial(2000)
+    with_noise, without = (torch.cat(run(z0, scale), dim=1) for scale in (1.0, 0.0))
+    std = (with_noise - without).std().item()  # of 32,000 normals: within 4 standard errors
+    assert abs(std / one_step.step_size - 1) < 4 * (2 * 32_000) ** -0.5
+
+
 @pytest.mark.parametrize("case", [SHORT, dataclasses.replace(LEBM, n_steps=5)], ids=["HS", "LEBM"])
 def test_parity_accepts_the_oracle(case):
     network = case.network()

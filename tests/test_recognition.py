@@ -383,7 +383,7 @@ def test_parity_mode_iterates_the_power_method_as_published():
 def test_unconverged_spectral_norm_is_converged_first():
     torch.manual_seed(15)
     net = nn.Sequential(old_spectral_norm(nn.Linear(10, 50)), nn.ReLU(), old_spectral_norm(nn.Linear(50, 1))).eval()
-    mlp = EnergySource(net).mlp(*flatten_latents(FLAT), None, None, 1.0)
+    mlp, _ = EnergySource(net).mlp(*flatten_latents(FLAT), None, None, 1.0)
     for weight in mlp.weights:
         torch.testing.assert_close(torch.linalg.matrix_norm(weight, 2), torch.tensor(1.0), rtol=1e-5, atol=0)
 

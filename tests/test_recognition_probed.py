@@ -320,7 +320,7 @@ REFUSED = {
     "gate of its own": (lambda m, z: mlp(m, z, lambda x: torch.tanh(x) * torch.sigmoid(x)), "no activation of the cat"),
     "residual": (lambda m, z: m.c(m.b(m.a(z) + torch.tanh(m.a(z)))), "no activation of the catalogue|different layers"),
     "skip": (lambda m, z: m.c(m.b(F.gelu(m.a(z)))) + z.sum(1, keepdim=True), "joins values of different layers"),
-    "the Gaussian inside": (lambda m, z: mlp(m, z)[:, 0] - 0.5 * z.square().sum(1), "square of z itself"),
+    "a quartic": (lambda m, z: mlp(m, z)[:, 0] - z.pow(4).sum(1), "no Gaussian in z"),
     "centred over the batch": (lambda m, z: mlp(m, z - z.mean(0)), "does not reproduce|another path"),
     "detached part": (lambda m, z: mlp(m, torch.cat([z[:, :5].detach(), z[:, 5:]], 1)), "does not reproduce"),
     "rounded": (lambda m, z: mlp(m, z.round(decimals=12)), "round"),

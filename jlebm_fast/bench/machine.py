@@ -9,7 +9,7 @@ import pathlib
 import platform
 import subprocess
 
-_DISTRIBUTIONS = ("jlebm-fast", "torch", "jax", "jaxlib", "numpy")
+_DISTRIBUTIONS = ("jlebm-fast", "torch", "jax", "jaxlib", "torchebm", "numpy")
 
 
 def cpu_model() -> str:

@@ -22,7 +22,7 @@ from jlebm_fast.bench.sections import MANY
 from jlebm_fast.training.errors import RunError
 
 CaseName = Literal["HS", "FID", "LEBM", "WIDE", "LONG"]
-RivalName = Literal["eager", "compiled", "jax"]
+RivalName = Literal["eager", "compiled", "jax", "torchebm"]
 _SMALL = ("HS", "FID", "LEBM")  # the cases of the ratio table
 
 
@@ -35,8 +35,8 @@ class BenchOptions:
 
     cases: tuple[CaseName, ...] = ("HS", "FID", "LEBM", "WIDE", "LONG")
     """Problems to run."""
-    rivals: tuple[RivalName, ...] = ("eager", "compiled", "jax")
-    """What to compare with; jax takes part if it is installed."""
+    rivals: tuple[RivalName, ...] = ("eager", "compiled", "jax", "torchebm")
+    """What to compare with; jax and torchebm take part if they are installed."""
     threads: tuple[int, ...] = ()
     """Numbers of threads; by default 1, 2 and all cores. Everything is measured with the last one."""
     out: pathlib.Path | None = None
@@ -53,10 +53,9 @@ def main(options: BenchOptions) -> int:
     if not parity.backends_with_kernels():
         print(f"jlebm bench: there are no kernels to measure: {backends.unavailable_reason('cpu')}")
         return 2
-    names = list(options.rivals)
-    if "jax" in names and not rivals.jax_available():
-        names.remove("jax")
-        print("jax is not installed, so it takes no part; pip install 'jlebm-fast[bench]' brings it")
+    names = [name for name in options.rivals if not rivals.missing(name)]
+    for name in filter(rivals.missing, options.rivals):
+        print(f"{name} is not installed, so it takes no part; {rivals.OPTIONAL[name]} brings it")
     about = machine.describe()
     out = options.out or _default_file(about)
     require_writable(out)

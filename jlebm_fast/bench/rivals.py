@@ -4,6 +4,7 @@
     eager_spectral  the same with torch's spectral norm in training mode: a power iteration in every step, as published
     compiled        torch.func.grad and the update in one function under torch.compile, called once per step
     jax             jax.jit of one lax.scan over value_and_grad in float32
+    torchebm        LangevinDynamics of the public library of that name, on the potential |z|²/2 - f(z)
 
 A maker takes (case, network) and returns `run(z0, noise_scale=1.0) -> z`, warm after its first call. `noise_scale` is
 there so that the rivals can be checked: without noise all of them must arrive at the same z.
@@ -81,8 +82,12 @@ def compiled(case: Case, network: nn.Module) -> Run:
     return run
 
 
-def jax_available() -> bool:
-    return importlib.util.find_spec("jax") is not None
+OPTIONAL = {"jax": "pip install 'jlebm-fast[bench]'", "torchebm": "pip install torchebm (torch 2.10 or newer)"}
+
+
+def missing(name: str) -> bool:
+    """Whether a rival takes no part because its own package is not installed."""
+    return name in OPTIONAL and importlib.util.find_spec(name) is None
 
 
 def jax_scan(case: Case, network: nn.Module) -> Run:
@@ -125,5 +130,28 @@ def jax_scan(case: Case, network: nn.Module) -> Run:
         z = chain(z, layers, jax.random.key(next(calls)), s * noise_scale)
         # a copy: jax's arrays are read-only, what a training loop receives is not
         return list(torch.from_numpy(jax.device_get(z).copy()).split(case.latent_dims, dim=1))
+
+    return run
+
+
+def torchebm_sampler(case: Case, network: nn.Module) -> Run:
+    """x <- x - η ∂U/∂x + σ √(2η) eps of torchebm's sampler, with U = |x|²/2 - f(x) and η = s²/2: the same chain."""
+    from torchebm.core import BaseModel
+    from torchebm.samplers import LangevinDynamics
+
+    class Potential(BaseModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.5 * x.square().sum(dim=1) - self.network(x).squeeze(1)
+
+    potential, tiny = Potential(), 1e-30  # the library wants a noise scale above 0
+
+    def run(z0: list[Tensor], noise_scale: float = 1.0) -> list[Tensor]:
+        sampler = LangevinDynamics(potential, step_size=0.5 * case.step_size**2, noise_scale=max(noise_scale, tiny))
+        z = sampler.sample(torch.cat(z0, dim=1), n_steps=case.n_steps)
+        return list(z.split(case.latent_dims, dim=1))
 
     return run

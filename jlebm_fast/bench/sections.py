@@ -22,8 +22,13 @@ from jlebm_fast.problem import Update
 
 MANY = 10_000
 _PEAK_SECONDS = 0.05
-RIVALS = {"eager": rivals.eager, "compiled": rivals.compiled, "jax": rivals.jax_scan}
-LABELS = {"eager": "eager loop", "compiled": "torch.compile", "jax": "jax.jit scan"}
+RIVALS = {
+    "eager": rivals.eager,
+    "compiled": rivals.compiled,
+    "jax": rivals.jax_scan,
+    "torchebm": rivals.torchebm_sampler,
+}
+LABELS = {"eager": "eager loop", "compiled": "torch.compile", "jax": "jax.jit scan", "torchebm": "torchebm"}
 Say = Callable[[str], None]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jlebm_fast.bench.cases import CASES
 from jlebm_fast.bench.sections import MANY
 
-_RIVALS = ("eager loop", "eager loop, spectral norm", "torch.compile", "jax.jit scan")
+_RIVALS = ("eager loop", "eager loop, spectral norm", "torch.compile", "jax.jit scan", "torchebm")
 
 
 def heading(about: dict) -> str:

@@ -182,7 +182,7 @@ def _follow(
             plan = follower.plan(output)
             check_spec(plan.spec)
             with torch.no_grad():
-                mlp = read(plan, forward, layout, given, flat.dtype, device)
+                mlp, quadratic = read(plan, forward, layout, given, flat.dtype, device)
             expected = forward(forward.buffers(), layout.restore(flat * 1), given.options)
         (expected_grad,) = torch.autograd.grad(expected.sum(), flat, allow_unused=True)
     except Untraceable:
@@ -195,7 +195,13 @@ def _follow(
         follower.remove_hooks()
     with torch.no_grad():
         value, grad = eager.mlp_energy_grad(flat.detach(), mlp)
+        if quadratic is not None:
+            value, grad = value + quadratic.value(flat), grad + quadratic.gradient(flat)
     if expected_grad is None or not (_close(value, expected.reshape(-1)) and _close(grad, expected_grad)):
+        if quadratic is not None:
+            raise Untraceable(
+                "what it adds to its network is no Gaussian in z, of independent coordinates and alike in all chains"
+            )
         raise Untraceable("the MLP read out of its forward does not reproduce its value and gradient")
     return plan
 
@@ -319,13 +325,18 @@ def _test_in_its_own_type(
     flat = torch.randn(n, layout.dim, generator=torch.Generator("cpu").manual_seed(n), device="cpu")
     flat = flat.to(device, like.dtype)
     try:
-        mlp = found.mlp(1.0, given) if isinstance(found, Probed) else found.mlp(1.0, given.options.get("context"))
+        if isinstance(found, Probed):
+            mlp, quadratic = found.mlp(given)
+        else:
+            mlp, quadratic = found.mlp(1.0, given.options.get("context")), None
         # a copy, so that attributes that it writes stay as they are
         twin = copy_of(net)
         own = Forward(twin, method)
         with torch.no_grad():
             value = own(own.buffers(), layout.restore(flat), given.options).reshape(-1).double()
             expected = eager.mlp_forward(flat, mlp)[0].double()
+            if quadratic is not None:
+                expected = expected + quadratic.value(flat).double()
     except OtherPath:
         raise Untraceable(f"its forward takes another path in {dtype_name(like.dtype)}") from None
     except FORWARD_ERRORS:

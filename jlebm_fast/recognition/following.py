@@ -4,24 +4,40 @@ A copy of the module runs in float64 on a small random batch. Of every tensor th
 
     affine        in the units of one layer (in z before the first activation)
     elementwise   a smooth function of one affine tensor; an activation where it is one of the catalogue
-    reduced       the logits' logsumexp, or one chosen of them, scaled and shifted
+    reduced       the logits' logsumexp, or one chosen of them, scaled and shifted; or a network's value with what is
+                  added to it of z alone
+    of z alone    some smooth function of z beside the network; a quadratic one is tested for like all the rest
     condition     computed from a condition alone, other for each chain
     unknown       nothing that an MLP has, with the reason
 
-Every operation that is not listed below makes it unknown: a test on random numbers cannot tell a clamp far away from
-the identity. What the plan reads is then compared with the forward's own value and gradient (`examining.py`).
+Every operation that is not listed in `calls.py` makes it unknown: a test on random numbers cannot tell a clamp far away
+from the identity. What the plan reads is then compared with the forward's own value and gradient (`examining.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..backends import eager
 from ..problem import ACTIVATIONS, MLPSpec
+from .calls import (
+    DIVIDING,
+    MOVING,
+    MULTIPLYING,
+    NEGATING,
+    NORMS,
+    OF_Z_ALONE,
+    OUT_OF_Z,
+    PRODUCTS,
+    SELECTING,
+    SMOOTH,
+    Call,
+    Seen,
+)
 from .observing import (
     ADDING,
     DROPOUTS,
@@ -32,29 +48,11 @@ from .observing import (
     activation_of,
     draws,
     name_of,
+    validates_a_sample,
 )
 from .probing import Place, Plan, Units, index_of, numbers_in
 from .structure import WIDEST_SUM, Untraceable
 
-# fmt: off
-_NEGATING = frozenset(("neg", "negative"))
-_MULTIPLYING = frozenset(("mul", "multiply", "rmul", "imul"))
-_DIVIDING = frozenset(("div", "truediv", "true_divide", "divide", "itruediv"))
-# affine in one operand, whatever the others are
-_PRODUCTS = frozenset((
-    "linear", "matmul", "rmatmul", "mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "einsum", "tensordot", "inner",
-    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-))
-_MOVING = REARRANGING | KEEPING | {
-    "expand", "expand_as", "broadcast_to", "repeat", "tile", "flip", "roll", "sum", "mean", "gather", "take_along_dim",
-    "float", "swapaxes", "vstack", "atleast_2d", "diagonal", "cumsum",
-}
-_SMOOTH = frozenset((
-    "sigmoid", "tanh", "softplus", "exp", "expm1", "log", "log1p", "erf", "erfc", "square", "pow", "rpow", "reciprocal",
-    "rtruediv", "rdiv", "silu", "gelu", "mish", "logsigmoid", "sqrt", "rsqrt", "cosh", "sinh", "logaddexp",
-))
-_SELECTING = frozenset(("gather", "take_along_dim", "getitem"))
-# fmt: on
 # of composed activations: what is matched against the values of one
 _CATALOGUE = tuple(
     (name, 1.0 if name == "softplus" else 0.0)
@@ -62,71 +60,6 @@ _CATALOGUE = tuple(
     if name in ("gelu", "gelu_tanh", "silu", "mish", "tanh", "softplus")
 )  # fmt: skip
 _MATCHED = 1e-12
-_OUT_OF_Z: Place = (-1, 0)
-
-
-class Seen(NamedTuple):
-    """What a tensor is.
-
-    kind         "affine", "elementwise", "reduced", "condition" or "unknown"
-    layer        the hidden layer in whose units it is affine; 0: in z
-    made         where the tensor is made; of an elementwise one where its activation is
-    root         the tensor that it is elementwise a function of
-    factor       affine: times its root; reduced: times the logsumexp or the chosen logit
-    activation   elementwise: name and parameter where it is known; reduced: the head
-    of           elementwise and reduced: the tensor that the activation or head is given
-    shift        reduced: added last
-    n_logits     reduced
-    chosen       reduced: the call that chose
-    via          the calls of numbers that lie between it and its root
-    why          unknown: in words
-    """
-
-    kind: str
-    layer: int = 0
-    made: Place = _OUT_OF_Z
-    root: Place = _OUT_OF_Z
-    factor: float = 1.0
-    activation: tuple[str, float] | None = None
-    of: Place = _OUT_OF_Z
-    shift: float = 0.0
-    n_logits: int = 1
-    chosen: int | None = None
-    via: tuple[int, ...] = ()
-    why: str = ""
-
-
-class _Call(NamedTuple):
-    """A call of torch, and one of the tensors it gives.
-
-    of_z         those of its arguments that depend on z
-    conditions   how many of the others are of the condition
-    constants    how many are neither
-    """
-
-    name: str
-    place: Place
-    args: tuple
-    kwargs: dict[str, Any]
-    of_z: list[tuple[Tensor, Seen]]
-    conditions: int
-    constants: int
-    output: Tensor
-
-    @property
-    def with_tensors(self) -> bool:
-        """Whether it is of anything but z and numbers."""
-        return self.conditions + self.constants > 0
-
-    @property
-    def first(self) -> object:
-        """The first argument, or what is given as `input`."""
-        return self.args[0] if self.args else self.kwargs.get("input")
-
-    @property
-    def numbers(self) -> list[float]:
-        """Numbers among its positional arguments."""
-        return [arg for arg in self.args if isinstance(arg, (int, float))]
 
 
 class Follower(ForwardObserver[Seen]):
@@ -159,6 +92,8 @@ class Follower(ForwardObserver[Seen]):
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if inputs and not of_z and self._written(func, args):
             return result
+        if validates_a_sample():  # of a distribution: it raises, or changes nothing
+            return result
         unknown = any(seen.kind == "unknown" for _, seen in of_z)
         misused = self.misuse(name, bool(inputs), unknown, result, len(outputs))
         if of_z and name == "requires_grad" and not outputs:
@@ -169,7 +104,7 @@ class Follower(ForwardObserver[Seen]):
             known = {id(leaf) for leaf, _ in inputs}
             others = sum(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in leaves)
             for place, output in enumerate(outputs):
-                one = _Call(name, (call, place), args, kwargs, of_z, len(inputs) - len(of_z), others, output)
+                one = Call(name, (call, place), args, kwargs, of_z, len(inputs) - len(of_z), others, output)
                 self.put(output, self._seen(one, inputs))
         return result
 
@@ -191,17 +126,19 @@ class Follower(ForwardObserver[Seen]):
     def _unknown(self, what: str) -> Seen:
         return Seen("unknown", why=f"{what} in {self.where()}")
 
-    def _numbers_matter(self, call: _Call) -> None:
+    def _numbers_matter(self, call: Call) -> None:
         number = call.place[0]
         self.calls[number] = (self.calls[number][0], numbers_in(call.args, call.kwargs))
 
-    def _seen(self, call: _Call, inputs: list[tuple[Tensor, Seen]]) -> Seen:
+    def _seen(self, call: Call, inputs: list[tuple[Tensor, Seen]]) -> Seen:
         """What a call gives, of whose arguments these are known."""
         if not call.of_z:
             return inputs[0][1]
         unknown = next((seen for _, seen in call.of_z if seen.kind == "unknown"), None)
         if unknown is not None:
             return unknown
+        if any(seen.kind == "of z alone" for _, seen in call.of_z):
+            return self._with_z_alone(call)
         if any(seen.kind == "reduced" for _, seen in call.of_z):
             self._numbers_matter(call)
             return self._of_reduced(call)
@@ -219,29 +156,72 @@ class Follower(ForwardObserver[Seen]):
             return first
         return self._affine(call)
 
-    def _of_reduced(self, call: _Call) -> Seen:
+    def _no_network(self, call: Call, why: str) -> Seen:
+        """What no network does: unknown, unless it is of z alone."""
+        label = self._unknown(why)
+        alone = all(seen.layer == 0 and seen.kind != "reduced" for _, seen in call.of_z)
+        if not alone or call.conditions or call.name not in OF_Z_ALONE or call.kwargs.get("out") is not None:
+            return label
+        if call.name in NORMS | {"pow"}:
+            self._numbers_matter(call)
+        earlier = next((seen.why for _, seen in call.of_z if seen.kind == "of z alone"), label.why)
+        return Seen("of z alone", made=call.place, why=earlier)
+
+    def _with_z_alone(self, call: Call) -> Seen:
+        """An operation on a function of z alone, perhaps its sum with the value of a network."""
+        alone = [(leaf, seen) for leaf, seen in call.of_z if seen.kind == "of z alone"]
+        others = [(leaf, seen) for leaf, seen in call.of_z if seen.kind != "of z alone"]
+        if all(seen.layer == 0 and seen.kind == "affine" for _, seen in others):
+            return self._no_network(call, f"{call.name} is not an operation of an MLP")
+        sizes = {leaf.numel() for leaf, _ in call.of_z} | {call.output.numel()}
+        if len(alone) != 1 or len(others) != 1 or call.name not in ADDING or call.kwargs or sizes != {self.chains}:
+            return self._unknown(
+                f"{call.name} of a network's values and a function of z that is none ({alone[0][1].why})"
+            )
+        network = self._value_of(*others[0])
+        if network.kind == "unknown":
+            return network
+        self._numbers_matter(call)
+        signs = {"rsub": (-1.0, 1.0)}.get(call.name, (1.0, -1.0) if "sub" in call.name else (1.0, 1.0))
+        of_network, of_z = signs if call.first is others[0][0] else signs[::-1]
+        network = network.times(of_network)
+        return network._replace(beside=(*network.beside, (alone[0][1].made, of_z)))
+
+    def _value_of(self, tensor: Tensor, seen: Seen) -> Seen:
+        """A network's value per chain as a reduced one."""
+        if seen.kind == "reduced":
+            return seen
+        if seen.kind == "elementwise" and seen.activation in (("tanh", 0.0), ("sigmoid", 0.0), ("softplus", 1.0)):
+            return Seen("reduced", seen.layer, activation=seen.activation, of=seen.of)
+        seen = self._closed(tensor, seen)
+        return (
+            seen if seen.kind == "unknown" else Seen("reduced", seen.layer, activation=("identity", 0.0), of=seen.made)
+        )
+
+    def _of_reduced(self, call: Call) -> Seen:
         seen, name, numbers = call.of_z[0][1], call.name, call.numbers
         if len(call.of_z) == 1 and not call.with_tensors and call.output.numel() == self.chains:
             first_is_number = not isinstance(call.first, Tensor)
-            if name in _NEGATING:
-                return seen._replace(factor=-seen.factor, shift=-seen.shift)
+            if name in NEGATING:
+                return seen.times(-1.0)
             if name in (REARRANGING | KEEPING | {"sum", "mean", "float"}) - JOINING:
                 return seen
-            if len(numbers) == 1 and name in _MULTIPLYING:
-                return seen._replace(factor=seen.factor * numbers[0], shift=seen.shift * numbers[0])
-            if len(numbers) == 1 and name in _DIVIDING and not first_is_number:
-                return seen._replace(factor=seen.factor / numbers[0], shift=seen.shift / numbers[0])
+            if len(numbers) == 1 and name in MULTIPLYING:
+                return seen.times(numbers[0])
+            if len(numbers) == 1 and name in DIVIDING and not first_is_number:
+                return seen.times(1.0 / numbers[0])
             if len(numbers) == 1 and name in ADDING:
                 backward = name == "rsub" or first_is_number
                 sign = -1.0 if "sub" in name and backward else 1.0
                 number = -numbers[0] if "sub" in name and not backward else numbers[0]
-                return seen._replace(factor=sign * seen.factor, shift=sign * seen.shift + number)
+                seen = seen.times(sign)
+                return seen._replace(shift=seen.shift + number)
         return self._unknown(f"{name} of the reduced logits")
 
-    def _head(self, call: _Call) -> Seen | None:
+    def _head(self, call: Call) -> Seen | None:
         """A logsumexp over the logits, or one of them per chain."""
         logits, seen = call.of_z[0]
-        if call.name != "logsumexp" and call.name not in _SELECTING:
+        if call.name != "logsumexp" and call.name not in SELECTING:
             return None
         if len(call.of_z) != 1 or call.output.numel() != self.chains or logits.numel() == self.chains:
             return None
@@ -260,7 +240,7 @@ class Follower(ForwardObserver[Seen]):
             return self._unknown(f"{call.name} of something else than the logits")
         return Seen("reduced", seen.layer, activation=(head, 0.0), of=seen.made, n_logits=table.shape[1], chosen=chosen)
 
-    def _elementwise(self, call: _Call) -> Seen | None:
+    def _elementwise(self, call: Call) -> Seen | None:
         """An activation, or a step of one that is written out."""
         tensor, first = call.of_z[0]
         if any(seen.root != first.root or leaf.shape != call.output.shape for leaf, seen in call.of_z):
@@ -268,18 +248,18 @@ class Follower(ForwardObserver[Seen]):
         if len(call.of_z) == 1 and first.kind == "affine" and call.first is tensor:
             found = activation_of(call.name, call.args, call.kwargs)
             if found is not None:
-                if first.made == _OUT_OF_Z:
-                    return self._unknown(f"{call.name} of z itself")
+                if first.made == OUT_OF_Z:
+                    return self._no_network(call, f"{call.name} of z itself")
                 return Seen("elementwise", first.layer, call.place, first.root, activation=found, of=first.made)
-        powers = len(call.of_z) == 2 and call.name in _MULTIPLYING | _DIVIDING
+        powers = len(call.of_z) == 2 and call.name in MULTIPLYING | DIVIDING
         of_activations = any(seen.kind == "elementwise" for _, seen in call.of_z)
-        combined = powers or (of_activations and call.name in ADDING | _MULTIPLYING | _DIVIDING | _NEGATING)
+        combined = powers or (of_activations and call.name in ADDING | MULTIPLYING | DIVIDING | NEGATING)
         if combined and len(call.of_z) == 1 and first.activation is not None and first.activation[0] != "sigmoid":
             return None  # what follows an activation
-        if not combined and call.name not in _SMOOTH:
+        if not combined and call.name not in SMOOTH:
             return None
-        if first.root == _OUT_OF_Z:
-            return self._unknown(f"{call.name} of z itself")
+        if first.root == OUT_OF_Z:
+            return self._no_network(call, f"{call.name} of z itself")
         via = tuple(sorted({number for _, seen in call.of_z for number in seen.via} | {call.place[0]}))
         for number in via[:-1] if via[-1] == call.place[0] else via:
             self.calls[number] = (self.calls[number][0], self._numbers[number])
@@ -288,15 +268,15 @@ class Follower(ForwardObserver[Seen]):
         matched = next((entry for entry in _CATALOGUE if _equal(call.output, eager.activation(*entry, values))), None)
         return Seen("elementwise", first.layer, call.place, first.root, activation=matched, of=first.root, via=via)
 
-    def _affine(self, call: _Call) -> Seen:
+    def _affine(self, call: Call) -> Seen:
         name, args, kwargs, place = call.name, call.args, call.kwargs, call.place
         adds = name in ADDING | JOINING
-        scales = name in _MULTIPLYING or (name in _DIVIDING and self.get(call.first) is not None)
+        scales = name in MULTIPLYING or (name in DIVIDING and self.get(call.first) is not None)
         normalises = name == "batch_norm" and not kwargs.get("training", args[5] if len(args) > 5 else False)
-        if not (adds or scales or normalises or name in _PRODUCTS | _MOVING | _NEGATING | DROPOUTS):
-            return self._unknown(f"{name} is not an operation of an MLP")
+        if not (adds or scales or normalises or name in PRODUCTS | MOVING | NEGATING | DROPOUTS):
+            return self._no_network(call, f"{name} is not an operation of an MLP")
         if not adds and len(call.of_z) != 1:
-            return self._unknown(f"{name} of two values that depend on z")
+            return self._no_network(call, f"{name} of two values that depend on z")
         if "out" in kwargs or kwargs.get("rounding_mode") is not None:
             return self._unknown(f"{name} with {', '.join(kwargs)}")
         if "rounding_mode" in kwargs:
@@ -307,17 +287,20 @@ class Follower(ForwardObserver[Seen]):
         unknown = next((label for label in seen if label.kind == "unknown"), None)
         if unknown is not None:
             return unknown
+        if any(label.kind == "of z alone" for label in seen):
+            of_z = [(leaf, label) for (leaf, _), label in zip(call.of_z, seen, strict=True)]
+            return self._with_z_alone(call._replace(of_z=of_z))
         layer = seen[0].layer
         if any(label.layer != layer for label in seen):
             return self._unknown(f"{name} joins values of different layers")
         if call.conditions and (layer > 0 or not adds):
             return self._unknown(f"{name} with a condition, other than added or joined before the first activation,")
         self._values[place] = call.output.detach().clone()
-        if name in _NEGATING:
+        if name in NEGATING:
             return Seen("affine", layer, place, seen[0].root, -seen[0].factor, via=seen[0].via)
         if scales and len(call.numbers) == 1:
             number = call.numbers[0]
-            factor = seen[0].factor / number if name in _DIVIDING else seen[0].factor * number
+            factor = seen[0].factor / number if name in DIVIDING else seen[0].factor * number
             self._numbers[place[0]] = numbers_in(args, kwargs)
             return Seen("affine", layer, place, seen[0].root, factor, via=(*seen[0].via, place[0]))
         return Seen("affine", layer, place, place)
@@ -328,7 +311,8 @@ class Follower(ForwardObserver[Seen]):
             return seen
         if seen.activation is None or seen.activation[0] not in ACTIVATIONS:
             what = "a function that is no activation of the catalogue"
-            return self._unknown(what if seen.activation is None else f"{seen.activation[0]} between layers")
+            unknown = self._unknown(what if seen.activation is None else f"{seen.activation[0]} between layers")
+            return Seen("of z alone", made=seen.made, why=unknown.why) if seen.layer == 0 else unknown
         values = self._values.get(seen.of)
         if values is None or values.shape[0] != self.chains:
             return self._unknown("an activation of what has no row per chain")
@@ -354,7 +338,7 @@ class Follower(ForwardObserver[Seen]):
             raise Untraceable("its output is not a tensor that torch operations computed from z")
         if seen.kind == "elementwise" and (seen.activation or ("", 0.0))[0] not in ("tanh", "sigmoid", "softplus"):
             seen = self._closed(output, seen)
-        if seen.kind == "unknown":
+        if seen.kind in ("unknown", "of z alone"):
             raise Untraceable(seen.why)
         if seen.layer == 0:
             raise Untraceable("it has no hidden layer")
@@ -368,7 +352,7 @@ class Follower(ForwardObserver[Seen]):
             (head, parameter), scale, logits = seen.activation, seen.factor, seen.of
             if head == "softplus" and parameter != 1.0:
                 raise Untraceable("its last layer is followed by softplus, which is no output form")
-            if head != "logsumexp" and seen.shift:
+            if head not in ("logsumexp", "identity") and seen.shift:
                 raise Untraceable(f"a number is added after {head}")
         if not scale:
             raise Untraceable("it is zero times a network")
@@ -395,7 +379,7 @@ class Follower(ForwardObserver[Seen]):
             scale,
         )
         units = tuple(units for entries in of_layers for units, _ in entries)
-        return Plan(tuple(self.calls), units, spec, logits, seen.chosen, seen.shift / scale)
+        return Plan(tuple(self.calls), units, spec, logits, seen.chosen, seen.shift / scale, seen.beside)
 
 
 def _kernel_of(args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:

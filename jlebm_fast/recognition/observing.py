@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -43,6 +44,7 @@ DRAWING = frozenset((
 DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout",
                       "feature_alpha_dropout"))
 # fmt: on
+_DEEPEST_CHECK = 6  # calls between a distribution's look at its argument and torch
 
 L = TypeVar("L")
 
@@ -117,6 +119,21 @@ def draws(name: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
         p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         return f"active dropout (p = {p}, training mode)" if training and p > 0 else None
     return f"a random draw ({name})" if name in DRAWING else None
+
+
+_VALIDATING = torch.distributions.Distribution._validate_sample.__code__
+
+
+def validates_a_sample() -> bool:
+    """Whether the torch call under way is of a distribution that looks whether its argument is in its support."""
+    frame = sys._getframe(2)
+    for _ in range(_DEEPEST_CHECK):
+        if frame is None or frame.f_code is _VALIDATING:
+            break
+        frame = frame.f_back
+    else:
+        return False
+    return frame is not None
 
 
 def activation_of(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[str, float] | None:

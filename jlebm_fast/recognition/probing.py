@@ -3,6 +3,7 @@
     rows       z = 0, e_1, …, e_dim: what the first activation is given there is b_1 and b_1 + the columns of W_1
     replace    what an activation makes gives way to rows 0, e_1, … as well, so the next one shows W_2 and b_2, …
     condition  the first layer's b_1 of each chain comes from one more run with all chains and z = 0
+    beside     of a quadratic function of z alone that is added, the gradients at those z show all there is
 
 `following.py` finds out once where the activations stand, the Plan; each call of a chain then costs one such run, and
 sees the parameters, buffers, numbers and attributes of that moment. A run that makes other calls of torch than the
@@ -27,6 +28,7 @@ from ..backends import eager
 from ..latents import LatentLayout
 from ..modes import chain_mode, copies_of_buffers, is_compiled, run_on_buffers
 from ..problem import MLP, MLPSpec
+from ..quadratic import Quadratic
 from .recognised import Layer, converged_buffers
 from .structure import LinearSite, Untraceable
 from .tracing import computed_weight_kind
@@ -60,6 +62,7 @@ class Plan(NamedTuple):
     logits   where the logits are made, [chains, J] or [chains]
     chosen   the call that takes one logit per chain, or None
     shift    added to every logit
+    beside   where functions of z alone are made that were added to the network's value, and the factor of each
     """
 
     calls: tuple[tuple[Callable[..., Any], tuple | None], ...]
@@ -68,6 +71,7 @@ class Plan(NamedTuple):
     logits: Place
     chosen: int | None
     shift: float
+    beside: tuple[tuple[Place, float], ...] = ()
 
     def first_units(self) -> list[int]:
         """Where in `units` those of the first layer stand."""
@@ -284,15 +288,14 @@ class Probed:
         """Of the latents that one reading runs on."""
         return 1 + max(self.spec.widths[:-1])
 
-    def mlp(self, sign: float = 1.0, conditions: Conditions = NO_CONDITIONS) -> MLP:
-        """The energy times sign, with the parameters of this moment.
+    def mlp(self, conditions: Conditions = NO_CONDITIONS) -> tuple[MLP, Quadratic | None]:
+        """The energy with the parameters of this moment: a network, and what it adds to that of z alone.
 
         Raises:
             OtherPath: the forward is not what it was.
         """
         with torch.no_grad():
-            mlp = read(self._plan, self.forward, self._layout, conditions, self._dtype, self._device)
-        return mlp if sign == 1.0 else mlp._replace(spec=mlp.spec.negated)
+            return read(self._plan, self.forward, self._layout, conditions, self._dtype, self._device)
 
 
 def read(
@@ -302,8 +305,8 @@ def read(
     conditions: Conditions,
     dtype: torch.dtype,
     device: torch.device,
-) -> MLP:
-    """The MLP that a forward is, by its plan.
+) -> tuple[MLP, Quadratic | None]:
+    """The MLP that a forward is, by its plan, and the quadratic function of z that is added to it.
 
     Raises:
         OtherPath: the forward is not what it was.
@@ -316,18 +319,26 @@ def read(
     for units in plan.units:
         replaced[units.activated] = unit_vectors(rows, units.width, like, 1 + seen[units.layer])
         seen[units.layer] += units.width
-    reader = _Reader(plan, [*(units.of for units in plan.units), plan.logits], replaced)
-    z, alike = layout.restore(unit_vectors(rows, spec.dim, like)), conditions.first(rows).options
-    with reader:
-        forward(buffers, z, alike)
-    if reader.failed:
-        raise OtherPath
+    wanted = [*(units.of for units in plan.units), plan.logits, *(place for place, _ in plan.beside)]
+    reader = _Reader(plan, wanted, replaced)
+    flat, alike = unit_vectors(rows, spec.dim, like), conditions.first(rows).options
+    with torch.set_grad_enabled(bool(plan.beside)):
+        if plan.beside:
+            flat.requires_grad_()
+        # what the forward writes into it stays its own
+        z = layout.restore(flat * 1 if plan.beside else flat)
+        with reader:
+            forward(buffers, z, alike)
+        if reader.failed:
+            raise OtherPath
+        quadratic = _quadratic([factor * reader.found[place] for place, factor in plan.beside], flat)
     made = [reader.found[units.of].reshape(rows, -1) for units in plan.units]
     made.append(reader.found[plan.logits].reshape(rows, -1))
     of_layer = [[m for m, units in zip(made, plan.units) if units.layer == layer] for layer in range(1, len(seen))]
     weights, biases = [], []
     for layer, pieces in enumerate([*of_layer, [made[-1]]]):
         together = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        together = together.detach()
         if together.shape[1] != spec.widths[layer + 1]:
             raise OtherPath
         weights.append((together[1 : 1 + spec.widths[layer]] - together[:1]).t().contiguous())
@@ -335,7 +346,7 @@ def read(
     if plan.shift:
         biases[-1] = biases[-1] + plan.shift
     if not any(conditions.of_chains):
-        return MLP(spec, tuple(weights), tuple(biases))
+        return MLP(spec, tuple(weights), tuple(biases)), quadratic
     first = [plan.units[i].of for i in plan.first_units()]
     reader, chains = _Reader(plan, first, {}), conditions.chains
     z, buffers = layout.restore(like.new_zeros(chains, spec.dim)), forward.buffers()
@@ -348,7 +359,22 @@ def read(
     if chosen is not None:  # counted from the end where they are negative
         chosen = chosen.reshape(-1)
         chosen = torch.where(chosen < 0, chosen + spec.n_logits, chosen)
-    return MLP(spec, tuple(weights), (None, *biases[1:]), base, chosen)
+    return MLP(spec, tuple(weights), (None, *biases[1:]), base, chosen), quadratic
+
+
+def _quadratic(parts: list[Tensor], flat: Tensor) -> Quadratic | None:
+    """The sum of these functions of latents [rows, dim], each [rows], at 0, e_1, …, e_dim; None of none.
+
+    Whether it is quadratic at all, with independent coordinates, is not looked at here.
+    """
+    if not parts:
+        return None
+    value = sum(part.reshape(-1) for part in parts)
+    if not value.requires_grad:
+        raise OtherPath
+    (gradient,) = torch.autograd.grad(value.sum(), flat)
+    linear = gradient[0]
+    return Quadratic(value[0].detach(), linear, linear - gradient[1 : 1 + flat.shape[1]].diagonal())
 
 
 # rows on which a reading is compared with the forward's own value and gradient
@@ -357,8 +383,16 @@ _CLOSE, _CLOSE_ON_A_GPU = 2e-4, 2e-2  # there products may be tf32
 _ASIDE = 1e-2  # how far a second look is taken where a kink may have lain within rounding
 
 
-def agrees(forward: Forward, layout: LatentLayout, mlp: MLP, flat: Tensor, conditions: Conditions) -> bool:
-    """Whether an MLP has the forward's own value and gradient at these latents, relative to the largest.
+def agrees(
+    forward: Forward,
+    layout: LatentLayout,
+    mlp: MLP,
+    quadratic: Quadratic | None,
+    flat: Tensor,
+    conditions: Conditions,
+) -> bool:
+    """Whether an MLP, and what is added to it, has the forward's own value and gradient at these latents, relative to
+    the largest.
 
     A chain that is off is looked at a second time, a little aside.
     """
@@ -366,15 +400,22 @@ def agrees(forward: Forward, layout: LatentLayout, mlp: MLP, flat: Tensor, condi
         flat, conditions = flat[:_MOST_COMPARED], conditions.rows(range(_MOST_COMPARED))
         bias, logit = (None if t is None else t[:_MOST_COMPARED] for t in (mlp.context_bias, mlp.logit))
         mlp = mlp._replace(context_bias=bias, logit=logit)
-    off = _off(forward, layout, mlp, flat, conditions)
+    off = _off(forward, layout, mlp, quadratic, flat, conditions)
     if off is None or not bool(off.any()):
         return off is not None
     aside = torch.randn(flat.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu")
-    still = _off(forward, layout, mlp, flat + _ASIDE * aside.to(flat.device, flat.dtype), conditions)
+    still = _off(forward, layout, mlp, quadratic, flat + _ASIDE * aside.to(flat.device, flat.dtype), conditions)
     return still is not None and not bool((off & still).any())
 
 
-def _off(forward: Forward, layout: LatentLayout, mlp: MLP, flat: Tensor, conditions: Conditions) -> Tensor | None:
+def _off(
+    forward: Forward,
+    layout: LatentLayout,
+    mlp: MLP,
+    quadratic: Quadratic | None,
+    flat: Tensor,
+    conditions: Conditions,
+) -> Tensor | None:
     """Which chains [chains] have another value or gradient; None where the forward has none that depends on z."""
     chains = flat.shape[0]
     with chain_mode(flat.device, gradients=True):
@@ -387,6 +428,8 @@ def _off(forward: Forward, layout: LatentLayout, mlp: MLP, flat: Tensor, conditi
         return None
     with torch.no_grad():
         value, ours = eager.mlp_energy_grad(flat, mlp)
+        if quadratic is not None:
+            value, ours = value + quadratic.value(flat), ours + quadratic.gradient(flat)
         close = _CLOSE if flat.is_cpu else _CLOSE_ON_A_GPU
         own = output.detach().reshape(chains, 1).to(value.dtype)
         return _far(value.view(chains, 1), own, close) | _far(ours, grad, close)
