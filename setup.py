@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ class CMakeBuild(build_ext):
             f"-DJLEBM_VERSION={self.distribution.get_version()}",
             f"-DJLEBM_CUDA={os.environ.get('JLEBM_CUDA', 'auto')}",
             *_given("JLEBM_CUDA_ARCHS"),
-            *os.environ.get("CMAKE_ARGS", "").split(),
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         os.environ["PATH"] = SEARCHED
         target.parent.mkdir(parents=True, exist_ok=True)

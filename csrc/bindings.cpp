@@ -60,14 +60,14 @@ void cpu_mlp_langevin_chain(int64_t chains, int64_t n_steps, Address z, const Ml
     p.mlp = mlp, p.update = update, p.record = record;
     try {
         run_heeding_signals([&] { cpu_kernels().mlp_langevin_chain(p, n_threads); });
-    } catch (const RaisedBySignal& raised) {
+    } catch (const RaisedForCaller& raised) {
         std::rethrow_exception(raised.error);
     }
 }
 
 std::vector<uint32_t> cpu_philox_words(int rounds, std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
     if (rounds != 7 && rounds != 10) throw std::invalid_argument("rounds must be 7 or 10");
-    std::vector<uint32_t> words(size_t(4 * cpu_kernels().lanes));
+    std::vector<uint32_t> words(size_t(4 * *cpu_kernels().lanes));
     cpu_kernels().philox_words(rounds, counter.data(), key.data(), words.data());
     return words;
 }
@@ -85,6 +85,7 @@ using NormTuple = std::tuple<int64_t, int64_t, Address, Address, Address, Addres
 
 std::vector<double> cpu_spectral_norms(const std::vector<NormTuple>& layers, double tolerance, int most_products) {
     std::vector<double> sigmas;
+    const py::gil_scoped_release unlocked;
     for (const auto& [n_out, n_in, weight, start, u, v, normalised] : layers) {
         if (n_out < 1 || n_in < 1) throw std::invalid_argument("a weight must have at least one row and one column");
         sigmas.push_back(spectral_norm({n_out, n_in, at<const float>(weight), at<const float>(start), tolerance,
@@ -125,7 +126,7 @@ PYBIND11_MODULE(_C, m) {
     bind_objects(m);
     bind_plain(m);
     m.def("cpu_target", [] { return std::string(cpu_kernels().target); }, "target whose kernels run");
-    m.def("cpu_lanes", [] { return cpu_kernels().lanes; });
+    m.def("cpu_lanes", [] { return *cpu_kernels().lanes; });
     m.def("cpu_targets", [] { return std::string(cpu_targets()); }, "targets of this build that this processor runs");
     m.def("leave_openmp", &leave_openmp);
     m.def("thread_runtime", [] { return std::string(thread_runtime()); });

@@ -25,7 +25,7 @@ py::object found_or_null(PyObject* object) {
     return new_reference(object);
 }
 
-// The places and things of jlebm_fast/snapshots.py, one after another, beside what is there now. Objects are told by
+// The places and things of jlebm_fast/recognition/snapshots.py, one after another, beside what is there now. Objects are told by
 // their addresses: nothing is asked of them but where the next ones are.
 class Walk {
 public:
@@ -106,8 +106,11 @@ private:
             return PyLong_AsVoidPtr(thing) == found;
         case 'c':
             return reinterpret_cast<PyObject*>(Py_TYPE(found)) == thing;
-        case 'n':
-            return PyObject_Size(found) == PyLong_AsSsize_t(thing);
+        case 'n': {
+            const Py_ssize_t size = PyObject_Size(found);
+            if (size < 0) PyErr_Clear(); // it has none any more
+            return size >= 0 && size == PyLong_AsSsize_t(thing);
+        }
         case 'd':
             return same_items(found, PyLong_AsSsize_t(thing), true);
         case 'D':
@@ -180,7 +183,7 @@ bool same_things(py::handle kinds, py::handle things) { return Walk(kinds, thing
 
 void bind_objects(py::module_& m) {
     m.def("same_things", &same_things, py::arg("kinds"), py::arg("things"),
-          "whether the very objects of a jlebm_fast.snapshots.Objects still lie in their places");
+          "whether the very objects of a jlebm_fast.recognition.snapshots.Objects still lie in their places");
 }
 
 } // namespace jlebm

@@ -152,7 +152,7 @@ bool mlp_langevin_chain(py::handle z, py::handle mlp, py::handle update, py::han
 py::object made_like(py::handle latents, py::handle empty_like) {
     const auto made = [&](py::handle tensor) {
         PyObject* const made = PyObject_CallOneArg(empty_like.ptr(), tensor.ptr());
-        if (made == nullptr) throw py::error_already_set();
+        if (made == nullptr) throw RaisedForCaller{std::make_exception_ptr(py::error_already_set())};
         return py::reinterpret_steal<py::object>(made);
     };
     if (!PyList_Check(latents.ptr()) && !PyTuple_Check(latents.ptr())) return made(latents);
@@ -352,7 +352,7 @@ auto plain(Arguments... arguments) -> decltype(operation(arguments...)) {
     if (!can_read_tensors()) return no();
     try {
         return operation(arguments...);
-    } catch (const RaisedBySignal& raised) {
+    } catch (const RaisedForCaller& raised) {
         std::rethrow_exception(raised.error);
     } catch (const py::builtin_exception&) {
         return no();

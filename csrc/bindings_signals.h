@@ -17,8 +17,9 @@
 
 namespace jlebm {
 
-// What a signal's handler raised amid a kernel; it is the caller's to see, whatever else may be caught on the way.
-struct RaisedBySignal {
+// What a signal's handler raised amid a kernel, or torch when it made a tensor; it is the caller's to see, whatever else
+// may be caught on the way.
+struct RaisedForCaller {
     std::exception_ptr error;
 };
 
@@ -45,7 +46,7 @@ public:
 
     // to be called with the lock held, once the kernel has returned
     void raise() const {
-        if (raised_) throw RaisedBySignal{raised_};
+        if (raised_) throw RaisedForCaller{raised_};
     }
 
 private:

@@ -198,4 +198,6 @@ def sample_langevin_prior_z(
     z, info = sampler.sample(z, return_info=True, thin=1 if verbose else max(1, n_steps))
     if verbose:
         _report(info, n_steps, print)
-    return z, info.grad_norm[-1].mean() if n_steps else z.new_tensor(math.nan)
+    if not n_steps:
+        return z, (z if isinstance(z, Tensor) else z[0]).new_tensor(math.nan)
+    return z, info.grad_norm[-1].mean()

@@ -11,12 +11,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
 
 from .checks import describe
+
+_LEAST_STD = 1e-18
+
+
+def _as_float(name: str, wanted: str, value: object) -> float:
+    """float(value), of a number or of an array or tensor that holds one."""
+    of_complex = value.is_complex() if isinstance(value, Tensor) else isinstance(value, numbers.Complex)
+    if not isinstance(value, (str, bytes)) and (isinstance(value, numbers.Real) or not of_complex):
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass  # no number, or none that a float holds: said below
+    raise ValueError(f"{name} {wanted}, got {describe(value) if isinstance(value, Tensor) else repr(value)}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,8 +57,11 @@ class GaussianPrior:
 
     def __post_init__(self) -> None:
         for name, value in (("mean", self.mean), ("std", self.std)):
-            if not isinstance(value, (float, int, Tensor)) or (isinstance(value, Tensor) and value.is_complex()):
+            if not isinstance(value, (numbers.Real, Tensor)) or (isinstance(value, Tensor) and value.is_complex()):
                 raise ValueError(f"{name} of the prior must be a float or a tensor, got {describe(value)}")
+            if not isinstance(value, Tensor):
+                value = _as_float(f"{name} of the prior", "must be a float", value)
+                object.__setattr__(self, name, value)
             if isinstance(value, Tensor):
                 value = value.detach().clone()
                 object.__setattr__(self, name, value)
@@ -52,6 +69,8 @@ class GaussianPrior:
                 raise ValueError(f"{name} of the prior must be finite")
         if not ((self.std > 0).all() if isinstance(self.std, Tensor) else self.std > 0):
             raise ValueError(f"std of the prior must be positive, got {self.std}")
+        if not ((self.std >= _LEAST_STD).all() if isinstance(self.std, Tensor) else self.std >= _LEAST_STD):
+            raise ValueError(f"std of the prior must be at least {_LEAST_STD:g}, where 1 / std² is a float32")
 
     def terms(self, z: Tensor) -> tuple[Tensor | None, Tensor]:
         """(mean or None where it is zero, precision 1/std²), each [dim] or [chains, dim] like z [chains, dim]."""
@@ -106,7 +125,7 @@ def check_schedule(
         return value.detach().clone()
     if isinstance(value, Tensor) and value.dim() > 1:
         raise ValueError(f"{name} {wanted}, got {describe(value)}")
-    if isinstance(value, str) or value is None:
+    if isinstance(value, (str, bytes, bytearray, Set, Mapping)) or value is None:
         raise ValueError(f"{name} {wanted}, got {value!r}")
     # an array of no dimensions has a __len__ that raises
     if hasattr(value, "__len__") and hasattr(value, "__iter__") and getattr(value, "ndim", 1):
@@ -122,18 +141,6 @@ def check_schedule(
     if not all(math.isfinite(v) and v >= 0 for v in entries):
         raise ValueError(f"{name} must be finite and not negative, got {value}")
     return result
-
-
-def _as_float(name: str, wanted: str, value: object) -> float:
-    """float(value), of a number or of an array or tensor that holds one."""
-    if isinstance(value, (float, int)):
-        return float(value)
-    if not isinstance(value, (str, bytes)) and not (isinstance(value, Tensor) and value.is_complex()):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass  # no number: said below
-    raise ValueError(f"{name} {wanted}, got {describe(value) if isinstance(value, Tensor) else repr(value)}")
 
 
 def step_rows(

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoints, fused_energy
-from .checks import SUPPORTED_DTYPES, describe, dtype_name, is_dense, whole
+from .checks import SUPPORTED_DTYPES, describe, dtype_name, has_memory, is_dense, whole
 from .latents import LatentLayout, flatten_latents
-from .modes import capturing
+from .modes import capturing, unwatched
 from .ops import check_spec
 from .problem import ACTIVATIONS, HEADS, MLP, MLPSpec
 from .spectral import iterated_vectors, normalised_weights, top_singulars
@@ -45,7 +45,7 @@ class EnergyLinear(nn.Linear):
         with torch.no_grad():
             for vector in (self.weight_u, self.weight_v):
                 vector.copy_(F.normalize(torch.randn_like(vector), dim=0))
-        if not self.weight.is_meta:  # a device without values has nothing to converge to
+        if has_memory(self.weight) and not self.weight.is_meta:  # without values there is nothing to converge to
             self.effective_weight(keep_vectors=True)
 
     def effective_weight(self, *, keep_vectors: bool = False) -> Tensor:
@@ -96,6 +96,8 @@ def effective_weights(layers: Sequence[EnergyLinear], *, keep_vectors: bool = Fa
             u, v = iterated_vectors(weight, u)
             weights[place] = weight / torch.dot(u, torch.mv(weight, v))
         return weights
+    if not unwatched():  # a mode sees operators, and may make tensors without memory
+        return _weights_in_graph(weights, normed, keep_vectors)
     if not keep_vectors and not torch.is_grad_enabled():
         for (place, _), weight in zip(normed, normalised_weights(pairs), strict=True):
             weights[place] = weight
@@ -130,6 +132,8 @@ def _weights_in_graph(
 
 def _entries(value: object) -> tuple:
     """One integer or several as a tuple; empty of what is neither."""
+    if isinstance(value, bool):
+        return ()
     if isinstance(value, numbers.Integral):
         return (whole(value),)
     several = isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1)
@@ -144,8 +148,9 @@ def _check_dims(latent_dims: object) -> tuple[int, ...]:
 
 
 def _name_logits(y: Tensor, n_logits: int) -> bool:
-    """Whether every entry is a logit's number; believed while a CUDA graph is captured, which no value can leave."""
-    if y.numel() == 0 or (not torch.compiler.is_compiling() and capturing(y.device)):
+    """Whether every entry is a logit's number; believed while a graph is compiled or captured, which no value can
+    leave: a chain whose number is none is NaN then."""
+    if y.numel() == 0 or torch.compiler.is_compiling() or capturing(y.device):
         return True
     return int(y.min()) >= 0 and int(y.max()) < n_logits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 
@@ -128,9 +129,10 @@ class EnergySource:
                 return None
             if not isinstance(found, Probed):
                 mlp = found.mlp(1.0, given.options.get("context"))
-                if flat.dtype is not mlp.weights[0].dtype or self._agrees(found, mlp, None, flat, layout, given):
+                if flat.dtype is not mlp.weights[0].dtype or self._copy_agrees(found, flat, layout, given):
                     return found, _signed(mlp, sign), None
             else:
+                before = self._versions()
                 try:
                     mlp, quadratic = found.mlp(given)
                 except OtherPath:
@@ -139,34 +141,47 @@ class EnergySource:
                     return None
                 if not all(weight.dtype is flat.dtype and weight.device == flat.device for weight in mlp.weights):
                     return None
-                if self._agrees(found, mlp, quadratic, flat, layout, given):
+                # parameters that another thread changed between the two cannot be compared, and prove nothing
+                agreed = self._run_agrees(found, mlp, quadratic, flat, layout, given)
+                if agreed or before != self._versions():
                     return found, _signed(mlp, sign), None if quadratic is None else quadratic.times(sign)
             why = "at these latents it raises, or has another value or gradient than the MLP read out of it"
         give_up_on(self.net, layout, self.method, given, why)
         return None
 
-    def _agrees(
+    def _versions(self) -> tuple[int, ...]:
+        """How often each parameter and buffer was written into."""
+        net = self.net
+        return tuple(tensor._version for tensor in itertools.chain(net.parameters(), net.buffers()))
+
+    def _run_agrees(
         self,
-        found: Recognised | Probed,
+        found: Probed,
         mlp: MLP,
         quadratic: Quadratic | None,
         flat: Tensor,
         layout: LatentLayout,
         given: Conditions,
     ) -> bool:
-        """Whether the MLP has the forward's own value and gradient at these latents: of a plan asked at every call, of
-        parameters read where they stand once for each number of chains."""
-        chains = flat.shape[0]
-        counts = examined(self.net, layout, self.method, given).counts
-        if not chains or capturing(flat.device) or (isinstance(found, Recognised) and chains in counts):
+        """Whether what a run of the forward showed has the forward's own value and gradient at these latents."""
+        if not flat.shape[0] or capturing(flat.device):
             return True
         try:
-            if isinstance(found, Probed):
-                agreed = agrees(found.forward, layout, mlp, quadratic, flat, given)
-            else:
-                # a copy, so that attributes that its forward writes stay as they are
-                twin = copy_of(self.net)
-                agreed = agrees(Forward(twin, self.method), layout, mlp, quadratic, flat, given)
+            return agrees(found.forward, layout, mlp, quadratic, flat, given)
+        except FORWARD_ERRORS:
+            return False
+
+    def _copy_agrees(self, found: Recognised, flat: Tensor, layout: LatentLayout, given: Conditions) -> bool:
+        """Whether parameters read where they stand give the forward's own value and gradient: asked once for each
+        number of chains, of a copy, whose parameters nobody else changes and whose attributes its forward may write."""
+        chains = flat.shape[0]
+        counts = examined(self.net, layout, self.method, given).counts
+        if not chains or capturing(flat.device) or chains in counts:
+            return True
+        try:
+            twin = copy_of(self.net)
+            mlp = Recognised(twin, found.structure).mlp(1.0, given.options.get("context"))
+            agreed = agrees(Forward(twin, self.method), layout, mlp, None, flat, given)
         except FORWARD_ERRORS:
             return False
         if agreed and len(counts) < _MOST_COUNTS:
@@ -251,9 +266,11 @@ class EnergySource:
         that, or has a layer wider than `widest`. Not yet compared with z; its tensors are for `cpu_plain.py`, which
         reads no more than their memory."""
         net = self.energy if type(self.energy) is EnergyMLP else self.net
-        if _runs_energy_mlp_forward(net) and self.method == "forward":
+        if runs_energy_mlp_forward(net) and self.method == "forward":
             if net.context_dim or net.spec.widest > widest or net.spec.head == "logit":
                 return None
+            if net.layers[0].weight.dtype not in SUPPORTED_DTYPES:
+                return None  # refused in words on the longer way
             if layout.container is not Tensor and layout.dims != net.latent_dims:
                 return None
             parameters = net.parameters_as_they_are()
@@ -297,10 +314,11 @@ def _signed(mlp: MLP, sign: float) -> MLP:
 def is_plain_energy_mlp(net: object) -> bool:
     """An EnergyMLP whose forward is EnergyMLP's: no subclass that changes it, no hook, no foreign normalisation."""
     # a parametrised layer is of a class of its own
-    return _runs_energy_mlp_forward(net) and set(map(type, net._modules["layers"]._modules.values())) == {EnergyLinear}
+    return runs_energy_mlp_forward(net) and set(map(type, net._modules["layers"]._modules.values())) == {EnergyLinear}
 
 
-def _runs_energy_mlp_forward(net: object) -> bool:
+def runs_energy_mlp_forward(net: object) -> bool:
+    """An EnergyMLP whose forward is EnergyMLP's and carries no hook; its layers may be parametrised."""
     if not isinstance(net, EnergyMLP) or type(net).forward is not EnergyMLP.forward or "forward" in net.__dict__:
         return False
     hooked = net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from . import dynamics, registration
-from .energy import EnergyLinear, EnergyMLP
+from .energy import EnergyLinear
+from .energy_source import runs_energy_mlp_forward
 from .latents import LatentLayout, flatten_latents, flatten_mask
 from .problem import MLP, MLPSpec, Record, Update
 from .recognition.recognised import assembled
-from .recognition.snapshots import HOOKS
 from .rng import noise_key_of
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ def mlp_of(
 ) -> MLP | None:
     """The energy's parameters as tensors of the graph; None where the energy is no MLP, or not known to be one."""
     source, net = sampler._source, sampler._source.energy
-    hooked = isinstance(net, nn.Module) and any(getattr(net, name) for name in HOOKS)
-    if isinstance(net, EnergyMLP) and type(net).forward is EnergyMLP.forward and not hooked:
+    if runs_energy_mlp_forward(net):
         if layout.container is not Tensor and layout.dims != net.latent_dims:
             raise ValueError(f"z must be layers of widths {net.latent_dims}, got {layout.dims}")
         net.check_z(flat)

@@ -15,7 +15,7 @@ Latents = Tensor | list[Tensor] | tuple[Tensor, ...]
 class LatentLayout(NamedTuple):
     """How a caller's latents lie: hashable, and enough to rebuild them from the flat tensor.
 
-    container   Tensor, list or tuple
+    container   Tensor, list, tuple or a named tuple's class
     dims        width of each layer (one entry for a tensor)
     trailing    per layer the dimensions after the second: () or (1, 1)
     """
@@ -34,13 +34,17 @@ class LatentLayout(NamedTuple):
             return flat if not self.trailing[0] else flat.view(*flat.shape, *self.trailing[0])
         # contiguous pieces: callers call .view on them
         if not any(self.trailing):
-            pieces = torch.split_with_sizes_copy(flat, self.dims, dim=1)
-            return list(pieces) if self.container is list else tuple(pieces)
+            return self._contained(torch.split_with_sizes_copy(flat, self.dims, dim=1))
         layers = [
             piece.contiguous() if not extra else piece.contiguous().view(*piece.shape, *extra)
             for piece, extra in zip(flat.split(self.dims, dim=1), self.trailing, strict=True)
         ]
-        return layers if self.container is list else tuple(layers)
+        return self._contained(layers)
+
+    def _contained(self, layers: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor] | tuple[Tensor, ...]:
+        if self.container is list:
+            return list(layers)
+        return tuple(layers) if self.container is tuple else self.container._make(layers)
 
 
 def _is_layer(z: Tensor) -> bool:
@@ -78,7 +82,8 @@ def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...], name: str = "
         flat = z.detach()
         return (flat if flat.dim() == 2 else flat.flatten(1)).contiguous().resolve_neg(), layout
     if not isinstance(z, (list, tuple)) or not z:
-        raise ValueError(f"{name} must be a tensor [chains, dim] or a list of layers [chains, d_l], got {describe(z)}")
+        came = f"an empty {type(z).__name__}" if isinstance(z, (list, tuple)) else describe(z)
+        raise ValueError(f"{name} must be a tensor [chains, dim] or a list of layers [chains, d_l], got {came}")
     if not isinstance(z[0], Tensor) or z[0].dtype not in SUPPORTED_DTYPES or not _is_layer(z[0]):
         raise ValueError(
             f"{name}[0] must be [chains, dim] or [chains, dim, 1, 1], float32 or float64, got {describe(z[0])}"
@@ -98,7 +103,8 @@ def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...], name: str = "
             _check_layer(name, i, layer, first)
             shape, plain = layer.shape, False
         dims.append(shape[1])
-    container = list if isinstance(z, list) else tuple
+    named = isinstance(z, tuple) and hasattr(type(z), "_make")
+    container = type(z) if named else list if isinstance(z, list) else tuple
     if plain:
         flat = torch.cat(z, dim=1)
         layout = LatentLayout(container, tuple(dims), ((),) * len(dims))

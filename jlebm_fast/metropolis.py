@@ -92,9 +92,10 @@ def mala(
     check_counter("first_chain", first_chain)
     dynamics.check_prior(prior)
     dynamics.check_maximize(maximize)
-    if isinstance(step_size, (list, tuple)):
+    listed = not isinstance(step_size, Tensor) and getattr(step_size, "ndim", hasattr(step_size, "__len__"))
+    step_size = 1.0 if listed else dynamics.check_schedule("step_size", step_size, 1)
+    if listed:
         raise ValueError("step_size must be a float or a tensor [chains]: a proposal with a schedule is another kernel")
-    step_size = dynamics.check_schedule("step_size", step_size, 1)
     if not (step_size > 0 if isinstance(step_size, float) else bool((step_size > 0).all())):
         raise ValueError("step_size must be positive: without noise there is no density to correct")
     flat, layout = flatten_latents(z)
@@ -106,7 +107,7 @@ def mala(
         drift, noise = drift * factors[:, :1], noise * factors[:, 2:]
     chains = flat.shape[0]
     place = {"first_chain": first_chain, "backend": backend}
-    here = target(flat)
+    here = target(flat.clone())  # what comes back is never the caller's memory
     accepted = torch.zeros(chains, dtype=torch.int64, device=flat.device)
     energies, trajectory = [], []
     for k in range(n_steps):
@@ -129,9 +130,10 @@ def mala(
         log_u = torch.special.log_ndtr(normal[0, :, 0])  # Φ of a normal is uniform
         log_ratio = there.log_density - here.log_density
         log_ratio += _log_q(here, there, drift, noise) - _log_q(there, here, drift, noise)
-        accept = log_u < log_ratio  # False where the ratio is not a number
+        # False where the ratio is not a number
+        accept = (log_u < log_ratio) & torch.isfinite(there.log_density)
         here = _State(*(_where(accept, new, old) for new, old in zip(there, here, strict=True)))
-        accepted += accept
+        accepted = accepted + accept
         if (k + 1) % thin == 0:
             energies.append(here.energy)
             if return_trajectory:

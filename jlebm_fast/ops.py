@@ -256,6 +256,8 @@ def check_counter(name: str, value: int) -> None:
 def check_thin(thin: int) -> None:
     if not isinstance(thin, int) or isinstance(thin, bool) or thin < 1:
         raise ValueError(f"thin must be an integer >= 1, got {thin!r}")
+    if thin >= 1 << 63:
+        raise ValueError(f"thin must be an integer below 2**63, got {thin!r}")
 
 
 def check_z(z: Tensor, dim: int | None = None) -> None:

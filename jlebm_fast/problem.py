@@ -18,6 +18,7 @@ from torch import Tensor
 ACTIVATIONS = ("identity", "leaky_relu", "relu", "gelu", "gelu_tanh", "silu", "mish", "tanh", "softplus", "elu")
 HEADS = ("identity", "tanh", "sigmoid", "softplus", "logsumexp", "logit")
 MAX_HIDDEN_LAYERS = 16
+_ROWS_AT_ONCE = 1024  # of step coefficients that are cut into steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,13 +163,15 @@ class Update(NamedTuple):
         )
 
     def steps(self, n_steps: int) -> Iterator[Update]:
-        """`at_step` of all steps, one after the other; the rows are cut in one go."""
+        """`at_step` of all steps, one after the other; the rows are cut many in one go."""
         _, chains, mean, precision, frozen, noise, key, first_step, first_chain, extra_grad = self
-        rows = self.step_coefficients.split(1)
-        noises = (None,) * n_steps if noise is None else noise.split(1)
-        for k in range(n_steps):
-            step = (first_step + k) % (1 << 32)
-            yield Update(rows[k], chains, mean, precision, frozen, noises[k], key, step, first_chain, extra_grad)
+        for begin in range(0, n_steps, _ROWS_AT_ONCE):
+            rows = self.step_coefficients[begin : begin + _ROWS_AT_ONCE].split(1)
+            noises = (None,) * len(rows) if noise is None else noise[begin : begin + _ROWS_AT_ONCE].split(1)
+            for k, row in enumerate(rows, begin):
+                step = (first_step + k) % (1 << 32)
+                eps = noises[k - begin]
+                yield Update(row, chains, mean, precision, frozen, eps, key, step, first_chain, extra_grad)
 
     def with_gradient(self, extra_grad: Tensor | None) -> Update:
         """The update with another extra gradient."""

@@ -101,8 +101,9 @@ class FastLangevin:
     precision: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not callable(self.energy):
-            raise ValueError(f"energy must be a module or a callable, got {describe(self.energy)}")
+        if not callable(self.energy) or (isinstance(self.energy, type) and issubclass(self.energy, nn.Module)):
+            came = f"the class {self.energy.__name__}" if isinstance(self.energy, type) else describe(self.energy)
+            raise ValueError(f"energy must be a module or a callable, got {came}")
         object.__setattr__(self, "n_steps", whole(self.n_steps))
         ops.check_count("n_steps", self.n_steps)
         if self.n_steps > COUNTER_RANGE:

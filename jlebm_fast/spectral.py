@@ -8,7 +8,9 @@ an exact singular value decomposition. A module's own buffers are read as the st
 
 Why: a power iteration that is frozen before it has converged divides by too little, and the chain diverges. The
 relative error of sigma is of second order, residual² / relative gap to the next singular value: 1e-7, float32's
-rounding, at the gap of a tenth that a random 50 x 50 weight has, and never more than the residual.
+rounding, at the gap of a tenth that a random 50 x 50 weight has, and never more than the residual. A start that is a
+singular vector already, but of a lesser value (of an earlier weight the first), would stay where it is: on the CPU it
+is held against three products of another vector, which show a value that is clearly larger.
 
 On a GPU the kernels of backend cuda or triton iterate to the same residual, for all weights of a net in one launch, and
 nobody on the host looks at a value: no wait, and a CUDA graph may capture it.
@@ -22,17 +24,20 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import backends
 from .backends import _native
-from .modes import capturing, chain_mode
+from .checks import has_memory
+from .modes import capturing, chain_mode, unwatched
 
 # float32 serves the chains; float64 is where the oracle and finite differences live
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 # of numpy or torch: beyond this many, an SVD of a 50 x 50 weight is cheaper
 MAX_ITERATIONS = 40
+_PRODUCTS_OF_ANOTHER, _LARGER = 3, 1.001
 _MOST_PRODUCTS = 400  # of the compiled module, which takes one or two microseconds for each of a 50 x 50 weight
 # larger weights gain more from the threads of a matrix library than they lose by being handed to it
 _LARGEST_NATIVE = 1 << 16
@@ -113,6 +118,9 @@ def _fits_native(weight: Tensor, u: Tensor) -> bool:
         and weight.is_contiguous()
         and u.is_contiguous()
         and not (weight.is_neg() or u.is_neg())  # their memory would hold their negatives
+        and has_memory(weight)
+        and has_memory(u)
+        and unwatched()  # a mode may make tensors without memory
     )
 
 
@@ -173,7 +181,7 @@ def top_singular_triple(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, floa
     """(u [out], v [in], sigma) of one weight of any size, dtype and device; `top_singulars` says what they are."""
     weight, u = weight.detach().resolve_neg(), u.detach().resolve_neg()
     tolerance = TOLERANCE.get(weight.dtype, TOLERANCE[torch.float32])
-    if weight.device.type == "cpu" and weight.dtype in TOLERANCE:
+    if weight.device.type == "cpu" and weight.dtype in TOLERANCE and has_memory(weight) and has_memory(u):
         # numpy's calls cost a third of torch's, and a chain of 100 takes about as long as 100 of them
         u, v, sigma = _iterate(weight.numpy(), u.numpy(), tolerance)
         if sigma is not None:
@@ -191,7 +199,7 @@ def top_singular_triple(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, floa
 def _iterate(weight: Any, u: Any, tolerance: float) -> tuple[Any, Any, float | None]:
     """Power iterations on numpy arrays or torch tensors; sigma is None where they did not converge."""
     transposed, back = weight.T, u
-    for _ in range(MAX_ITERATIONS):
+    for iteration in range(MAX_ITERATIONS):
         back = transposed @ u
         forth = weight @ back
         square_back, square_forth = float(back @ back), float(forth @ forth)
@@ -203,5 +211,27 @@ def _iterate(weight: Any, u: Any, tolerance: float) -> tuple[Any, Any, float | N
         residual = forth - square_back * u
         u = forth / math.sqrt(square_forth)
         if float(residual @ residual) <= tolerance * tolerance * square_forth:
+            larger = None if iteration else _towards_a_larger_one(weight, u, square_back)
+            if larger is not None:
+                u = larger
+                continue
             return u, back / math.sqrt(square_back), math.sqrt(square_forth / square_back)
     return u, back, None
+
+
+def _towards_a_larger_one(weight: Any, u: Any, square: float) -> Any | None:
+    """A start towards a larger singular value than that of u, a singular vector of sigma² = square; None where the
+    first products of another vector show none. See `leaves_a_lesser_one` in csrc/cpu/spectral_norm.cpp."""
+    other = np.cos(np.arange(1, u.shape[0] + 1, dtype=np.float64) ** 2)  # of no structure that a weight has
+    other = other.astype(u.dtype) if isinstance(u, np.ndarray) else torch.from_numpy(other).to(u)
+    for _ in range(_PRODUCTS_OF_ANOTHER):
+        other = other - (other @ u) * u
+        length = math.sqrt(float(other @ other))
+        if not length > 0.0:
+            return None
+        other = other / length
+        back = weight.T @ other
+        if float(back @ back) > _LARGER * square:
+            return other
+        other = weight @ back
+    return None

@@ -108,9 +108,10 @@ def verify(
             raise ValueError("z must be given: latents in the structure that the energy takes, [chains, dim] or a list")
         weight = net.layers[0].weight
         per_chain = [len(v) for v in (sampler.step_size, sampler.noise_scale) if isinstance(v, Tensor)]
-        z = torch.randn(
-            per_chain[0] if per_chain else _CHAINS, net.spec.dim, generator=torch.Generator().manual_seed(0)
-        )
+        prior = () if sampler.prior is None else (sampler.prior.mean, sampler.prior.std)
+        per_chain += [len(v) for v in prior if isinstance(v, Tensor) and v.dim() == 2]
+        generator = torch.Generator("cpu").manual_seed(0)
+        z = torch.randn(per_chain[0] if per_chain else _CHAINS, net.spec.dim, generator=generator, device="cpu")
         z = z.to(weight.device, weight.dtype)
     with chain_mode(device_of(z)):
         flat, layout = flatten_latents(z)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import pathlib
+import platform
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -131,6 +135,46 @@ def test_build_uses_neither_fast_math_nor_native_march():
     assert "march=native" not in code
 
 
+def test_flags_of_the_user_reach_no_target(tmp_path):
+    """CXXFLAGS stand before a target's own options, which win; -ffast-math, which nothing undoes, is refused."""
+    if shutil.which("cmake") is None or shutil.which("ninja") is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("needs cmake, ninja and an x86 processor")
+    pybind11 = pytest.importorskip("pybind11")
+    configure = ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DJLEBM_CUDA=off"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    configure += ["-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DCMAKE_CXX_FLAGS=-march=native -mavx2 -mavx512f"]
+    subprocess.run(list(map(str, configure)), check=True, capture_output=True)
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    for target, widest in (("baseline", "__SSE2__"), ("avx2", "__AVX2__"), ("avx512", "__AVX512F__")):
+        (command,) = (
+            entry["command"]
+            for entry in commands
+            if f"jlebm_cpu_{target}.dir" in entry["command"] and entry["file"].endswith("fma_peak.cpp")
+        )
+        arguments = shlex.split(command.split(" -o ")[0])
+        macros = subprocess.run(
+            [*arguments, "-dM", "-E", ROOT / "csrc/cpu/fma_peak.cpp"], cwd=tmp_path, check=True, capture_output=True
+        ).stdout.decode()
+        assert f"#define {widest} 1" in macros
+        if target == "baseline":
+            assert "__AVX__" not in macros
+        if target == "avx2":
+            assert "__AVX512F__" not in macros
+        fast = subprocess.run(
+            [*arguments, "-ffast-math", "-fsyntax-only", ROOT / "csrc/cpu/fma_peak.cpp"],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert fast.returncode != 0
+        assert "take it out of CXXFLAGS" in fast.stderr
+
+
+def test_paths_in_comments_exist():
+    """What a comment of the native sources names as a file of the package is there."""
+    for path in native_sources():
+        for named in re.findall(r"jlebm_fast/[\w/]+\.py", path.read_text()):
+            assert (ROOT / named).exists(), f"{path.name} names {named}"
+
+
 def test_version_is_one():
     """The package's literal, the installed metadata and the module's own build agree."""
     import importlib.metadata
@@ -185,17 +229,18 @@ def test_source_distribution_can_be_built_from(tmp_path):
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     wanted = {path.relative_to(ROOT).as_posix() for path in native_sources()}
     wanted |= {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "jlebm_fast/__init__.py"}
+    wanted |= {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")
+    }  # README and tests name them
     assert wanted <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
 def _copy_of_the_sources(target: pathlib.Path) -> pathlib.Path:
     """A copy, so that building leaves nothing in the checkout and tests may run side by side."""
-    import shutil
-
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     target.mkdir()
-    for name in ("csrc", "jlebm_fast", "tests", "benchmarks"):
+    for name in ("csrc", "docs", "jlebm_fast", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
     for path in ROOT.iterdir():
         if path.is_file():

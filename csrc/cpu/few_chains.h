@@ -53,7 +53,7 @@ inline FewLayer pack_few_layer(const PackedLayer& layer, float* to, float* bias)
             p += width, from += int64_t(layer.n_in) * width;
         }
     }
-    if (!layer.bias) return {layer.n_in, layer.n_out, to, nullptr};
+    if (!layer.bias || !bias) return {layer.n_in, layer.n_out, to, nullptr};
     std::memset(bias, 0, size_t(stride) * sizeof(float));
     std::memcpy(bias, layer.bias, size_t(layer.n_out) * sizeof(float));
     return {layer.n_in, layer.n_out, to, bias};
@@ -238,9 +238,10 @@ struct FewWorkspace : MlpWorkspace<1> {
 // feature by feature within each tile of outputs. A chain's running sum goes round its four lanes, to where the next
 // feature is. terms(quad, s, factor, value) gives those of one vector.
 template <int S, class Terms>
-inline void few_energy(const MlpParams& mlp, F* energy, const Terms terms) {
+inline void few_energy(const PackedMlp& packed, F* energy, const Terms terms) {
+    const MlpParams& mlp = *packed.params;
     const int last = mlp.n_hidden - 1, n = mlp.widths[last + 1];
-    const float* bias = mlp.biases[last + 1];
+    const float* bias = packed.forward[last + 1].bias;
     *energy = splat(bias ? mlp.out_scale * *bias : 0.0f);
     const OfFeature<S> of[4] = {OfFeature<S>(0), OfFeature<S>(1), OfFeature<S>(2), OfFeature<S>(3)};
     const Tiles tiles = tiles_of(n);
@@ -272,7 +273,7 @@ inline void few_last_layer(const PackedMlp& packed, const FewMlp& few, FewWorksp
             return a > 0.0f ? load_four(positive + 4 * q) : load_four(negative + 4 * q);
         };
         if (energy)
-            few_energy<S>(mlp, energy, [=](int q, int s, F& factor, F& a) {
+            few_energy<S>(packed, energy, [=](int q, int s, F& factor, F& a) {
                 a = load(slope + (q * S + s) * kLanes);
                 factor = delta(q, a);
             });
@@ -286,7 +287,7 @@ inline void few_last_layer(const PackedMlp& packed, const FewMlp& few, FewWorksp
     float* const h = energy ? ws.pre[last & 1] : nullptr;
     activate_rows_of(mlp.activations[last])(slope, mlp.activation_params[last], h, slope, int64_t(n) * S);
     if (energy)
-        few_energy<S>(mlp, energy, [=](int q, int s, F& factor, F& value) {
+        few_energy<S>(packed, energy, [=](int q, int s, F& factor, F& value) {
             factor = load_four(positive + 4 * q);
             value = load(h + (q * S + s) * kLanes);
         });

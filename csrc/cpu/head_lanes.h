@@ -1,6 +1,8 @@
 // Output heads: logits -> f and d f / d logits.
 #pragma once
 
+#include <limits>
+
 #include "cpu/activation_lanes.h"
 
 namespace jlebm {
@@ -54,11 +56,14 @@ inline void apply_head(const MlpParams& mlp, float* logits, const I* chosen, F* 
             break;
         }
         case Head::kLogit: {
-            F picked{};
+            // a number that is no logit's makes its chain NaN
+            const F nan = splat(std::numeric_limits<float>::quiet_NaN());
+            const F others = select(chosen[v] < 0, nan, splat(0.0f));
+            F picked = nan;
             for (int j = 0; j < n; ++j) {
                 const I mask = chosen[v] == j;
                 picked = select(mask, load(at + j * kRow), picked);
-                store(at + j * kRow, select(mask, scale, splat(0.0f)));
+                store(at + j * kRow, select(mask, scale, others));
             }
             energy[v] = picked * scale;
             break;
@@ -69,12 +74,14 @@ inline void apply_head(const MlpParams& mlp, float* logits, const I* chosen, F* 
     }
 }
 
+// -1 for a number that is no logit's
 template <int V>
-inline void chosen_logits(I* chosen, const int64_t* logit, int64_t first_chain, int count) {
+inline void chosen_logits(I* chosen, const MlpParams& mlp, int64_t first_chain, int count) {
     for (int v = 0; v < V; ++v)
         for (int i = 0; i < kLanes; ++i) {
             const int c = v * kLanes + i;
-            chosen[v][i] = logit && c < count ? int32_t(logit[first_chain + c]) : 0;
+            const int64_t j = mlp.logit && c < count ? mlp.logit[first_chain + c] : 0;
+            chosen[v][i] = j >= 0 && j < mlp.n_logits() ? int32_t(j) : -1;
         }
 }
 

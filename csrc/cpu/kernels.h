@@ -7,7 +7,7 @@ namespace jlebm {
 
 struct CpuKernels {
     const char* target;
-    int lanes;
+    const int* lanes;
     void (*langevin_noise)(const LangevinNoiseParams&, int n_threads);
     void (*langevin_step)(const LangevinStepParams&, int n_threads);
     void (*mlp_energy_grad)(const MlpEnergyGradParams&, int n_threads);

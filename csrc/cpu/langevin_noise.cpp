@@ -38,6 +38,8 @@ void words_of_lanes(const uint32_t counter[4], const uint32_t key[2], uint32_t* 
 }
 } // namespace
 
+const int lanes = kLanes;
+
 void philox_words(int rounds, const uint32_t counter[4], const uint32_t key[2], uint32_t* out) {
     if (rounds == 7)
         words_of_lanes<7>(counter, key, out);

@@ -31,8 +31,17 @@ struct PackedMlp {
 inline int64_t packed_floats(const MlpParams& mlp) {
     int64_t n = 0;
     for (int l = 0; l <= mlp.n_hidden; ++l)
-        n += 2 * (int64_t(mlp.widths[l]) * mlp.widths[l + 1] + kTilePad + kArenaAlign);
+        n +=
+            2 * (int64_t(mlp.widths[l]) * mlp.widths[l + 1] + kTilePad + kArenaAlign) + mlp.widths[l + 1] + kArenaAlign;
     return n + 2 * (mlp.widths[mlp.n_hidden] + kArenaAlign);
+}
+
+// a copy, so that a chain is of one moment's parameters whatever another thread does to them meanwhile
+inline const float* copy_of_bias(const float* bias, int n, Arena& arena) {
+    if (!bias) return nullptr;
+    float* const to = arena.take(n);
+    std::memcpy(to, bias, size_t(n) * sizeof(float));
+    return to;
 }
 
 inline PackedMlp pack_mlp(const MlpParams& mlp, Arena& arena) {
@@ -41,7 +50,8 @@ inline PackedMlp pack_mlp(const MlpParams& mlp, Arena& arena) {
     for (int l = 0; l <= mlp.n_hidden; ++l) {
         const int n_in = mlp.widths[l], n_out = mlp.widths[l + 1];
         const int64_t size = int64_t(n_in) * n_out + kTilePad;
-        packed.forward[l] = pack_layer(arena.take(size), mlp.weights[l], n_out, n_in, n_in, 1, mlp.biases[l]);
+        const float* const bias = copy_of_bias(mlp.biases[l], n_out, arena);
+        packed.forward[l] = pack_layer(arena.take(size), mlp.weights[l], n_out, n_in, n_in, 1, bias);
         packed.backward[l] = pack_layer(arena.take(size), mlp.weights[l], n_in, n_out, 1, n_in, nullptr);
         if (l < mlp.n_hidden) {
             const Activation a = mlp.activations[l];
@@ -100,7 +110,7 @@ struct MlpWorkspace {
     void load_chains(const MlpParams& mlp, const float* z_rows, int64_t first, int count, I* chosen) {
         lanes_from_rows<V>(z, z_rows, mlp.dim(), first, count);
         if (context) lanes_from_rows<V>(context, mlp.context_bias, mlp.widths[1], first, count);
-        chosen_logits<V>(chosen, mlp.logit, first, count);
+        chosen_logits<V>(chosen, mlp, first, count);
     }
 };
 
@@ -152,7 +162,7 @@ inline void last_layer_of_identity_head(const PackedMlp& packed, MlpWorkspace<V>
     float* const slope = ws.slope[last];
     const float *const positive = packed.last_delta, *const negative = packed.last_delta_negative;
     if (energy) {
-        const float* bias = mlp.biases[last + 1];
+        const float* bias = packed.forward[last + 1].bias;
         for (int v = 0; v < V; ++v) energy[v] = splat(bias ? mlp.out_scale * *bias : 0.0f);
     }
     if (packed.fused[last] && energy) {

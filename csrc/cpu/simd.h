@@ -19,6 +19,9 @@
 #ifndef JLEBM_TARGET
 #error "compile with -DJLEBM_TARGET=<name>"
 #endif
+#ifdef __FAST_MATH__
+#error "-ffast-math would change the noise, which is the same in every bit everywhere: take it out of CXXFLAGS"
+#endif
 
 #define JLEBM_INLINE inline __attribute__((always_inline))
 

@@ -6,7 +6,8 @@
 // A weight that one optimiser step moved converges in a few such power iterations, unless its next singular value lies
 // close: what a norm in training makes common. Then Lanczos' iteration (Golub and Van Loan, Matrix Computations,
 // chapter 10) finds the best of all u that so many products can make, of which about the square root of the number
-// is needed, and the power iterations go on from there.
+// is needed, and the power iterations go on from there. A start that is singular already is held against the first
+// products of another vector, since it may have been the first of an earlier weight.
 //
 // For weights that fit a core's cache: a chain of a hundred steps takes as long as a hundred calls of a matrix library.
 // Compiled once: its cost is that of calling it.
@@ -21,11 +22,13 @@
 namespace jlebm {
 namespace {
 
-constexpr int kPowerIterations = 6; // before Lanczos is asked, and after
-constexpr int kMostLanczos = 64;    // products of one call: weights of as few rows or columns are solved by it
-constexpr int kLanczosLook = 8;     // products between two looks at the residual
-constexpr double kRounding = 1e-6;  // relative to the largest eigenvalue: nothing new in another product
-constexpr int kPartialSums = 16;    // independent sums, so that the compiler may use its vectors without reordering one
+constexpr int kPowerIterations = 6;   // before Lanczos is asked, and after
+constexpr int kMostLanczos = 64;      // products of one call: weights of as few rows or columns are solved by it
+constexpr int kLanczosLook = 8;       // products between two looks at the residual
+constexpr double kRounding = 1e-6;    // relative to the largest eigenvalue: nothing new in another product
+constexpr int kProductsOfAnother = 3; // that a start which is singular already is held against
+constexpr double kLarger = 1.001;     // of a square, beyond rounding
+constexpr int kPartialSums = 16; // independent sums, so that the compiler may use its vectors without reordering one
 
 float dot(const float* a, const float* b, int64_t n) {
     float sums[kPartialSums] = {};
@@ -125,6 +128,32 @@ int lanczos(const SpectralNormParams& p, float* back, float* forth) {
     return t.n;
 }
 
+// p.u, a singular vector of sigma^2 = square, <- a start towards a larger one, if the first products of some other
+// vector show that there is one. A vector that is exactly singular stays what it is under products, however much larger
+// another singular value has become since it was the first.
+bool leaves_a_lesser_one(const SpectralNormParams& p, double square, float* back, float* forth) {
+    std::vector<float> other(size_t(p.n_out));
+    uint32_t state = 0x9e3779b9u; // any fixed sequence without the weight's own structure
+    for (float& x : other) {
+        state = state * 1664525u + 1013904223u;
+        x = float(int32_t(state)) * 0x1p-31f;
+    }
+    for (int product = 0; product < kProductsOfAnother; ++product) {
+        const float along = dot(other.data(), p.u, p.n_out);
+        for (int64_t r = 0; r < p.n_out; ++r) other[size_t(r)] -= along * p.u[r];
+        const float length = std::sqrt(dot(other.data(), other.data(), p.n_out));
+        if (!(length > 0.0f)) return false; // a single row
+        for (float& x : other) x /= length;
+        multiply(p, other.data(), back, forth);
+        if (double(dot(back, back, p.n_in)) > kLarger * square) {
+            std::copy(other.begin(), other.end(), p.u);
+            return true;
+        }
+        std::copy_n(forth, p.n_out, other.begin());
+    }
+    return false;
+}
+
 } // namespace
 
 double spectral_norm(const SpectralNormParams& p) {
@@ -155,6 +184,10 @@ double spectral_norm(const SpectralNormParams& p) {
         const float length = float(std::sqrt(square_forth));
         for (int64_t r = 0; r < p.n_out; ++r) p.u[r] = forth[r] / length;
         if (residual <= p.tolerance * p.tolerance * square_forth) {
+            if (products == 0) {
+                if (leaves_a_lesser_one(p, square_back, back, forth)) continue;
+                multiply(p, p.u, back, forth); // what the other vector's products have overwritten
+            }
             const double sigma = std::sqrt(square_forth / square_back);
             const float back_length = float(std::sqrt(square_back)), divisor = float(sigma);
             for (int64_t c = 0; c < p.n_in; ++c) p.v[c] = back[c] / back_length;

@@ -19,15 +19,20 @@
     void mlp_weight_grads(const MlpWeightGradsParams&, int);                                                           \
     void mlp_activation(const MlpActivationParams&, int);                                                              \
     double fma_peak(double);                                                                                           \
-    static const CpuKernels kernels = {                                                                                \
-        #name,        kLanesOf_##name,   langevin_noise,   langevin_step,  mlp_energy_grad, mlp_langevin_chain,        \
-        philox_words, mlp_energy_layers, mlp_weight_grads, mlp_activation, fma_peak};                                  \
+    extern const int lanes;                                                                                            \
+    static const CpuKernels kernels = {#name,                                                                          \
+                                       &lanes,                                                                         \
+                                       langevin_noise,                                                                 \
+                                       langevin_step,                                                                  \
+                                       mlp_energy_grad,                                                                \
+                                       mlp_langevin_chain,                                                             \
+                                       philox_words,                                                                   \
+                                       mlp_energy_layers,                                                              \
+                                       mlp_weight_grads,                                                               \
+                                       mlp_activation,                                                                 \
+                                       fma_peak};                                                                      \
     }                                                                                                                  \
     }
-
-namespace {
-constexpr int kLanesOf_avx512 = 16, kLanesOf_avx2 = 8, kLanesOf_baseline = 4;
-}
 
 #ifdef JLEBM_HAVE_AVX512
 JLEBM_DECLARE_TARGET(avx512)

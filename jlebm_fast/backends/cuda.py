@@ -253,8 +253,9 @@ def missing_reason(native: ModuleType, torch_cuda: str | None, torch_hip: str | 
     """The same, of a compiled module and the versions of CUDA and HIP that torch was built with."""
     if not native.cuda:
         return (
-            "the compiled module was built without CUDA (no nvcc was found, or JLEBM_CUDA=off); put the CUDA toolkit's "
-            "nvcc on PATH and rebuild with `JLEBM_CUDA=on pip install -e .`, or use backend 'triton' or 'eager' on GPUs"
+            "the compiled module was built without CUDA (no nvcc that works was found, or JLEBM_CUDA=off); put the "
+            "CUDA toolkit's nvcc on PATH and rebuild with `JLEBM_CUDA=on pip install -e .`, or use backend 'triton' or "
+            "'eager' on GPUs"
         )
     if torch_cuda is None:
         have = "is built for ROCm" if torch_hip else "is a build for the CPU"

@@ -116,9 +116,11 @@ def head_value_and_slope(mlp: MLP, logits: Tensor) -> tuple[Tensor, Tensor]:
     if name == "logsumexp":
         value, slope = torch.logsumexp(logits, dim=1), torch.softmax(logits, dim=1)
     elif name == "logit":
-        chosen = mlp.logit.unsqueeze(1)
-        value = logits.gather(1, chosen).squeeze(1)
-        slope = torch.zeros_like(logits).scatter(1, chosen, 1.0)
+        # a number that is no logit's makes its chain NaN
+        there = ((mlp.logit >= 0) & (mlp.logit < logits.shape[1])).unsqueeze(1)
+        chosen = torch.where(there, mlp.logit.unsqueeze(1), 0)
+        value = torch.where(there, logits.gather(1, chosen), torch.nan).squeeze(1)
+        slope = torch.where(there, torch.zeros_like(logits).scatter(1, chosen, 1.0), torch.nan)
     elif name == "identity":
         value, slope = logits.squeeze(1), torch.ones_like(logits)
     elif name == "tanh":

@@ -167,6 +167,9 @@ def _is_seen(value: object, depth: int) -> bool:
     if isinstance(value, (property, staticmethod, classmethod)):
         return True
     if isinstance(value, (types.BuiltinFunctionType, types.BuiltinMethodType)):
+        owner = getattr(value, "__self__", None)
+        if owner is not None and not isinstance(owner, types.ModuleType) and not is_of_torch(type(owner)):
+            return _is_seen(owner, depth)  # random.random is a method of a generator
         return value.__module__ in (None, "builtins", "math", "operator") or is_of_torch(value)
     if callable(value) and is_of_torch(type(value)):
         return True

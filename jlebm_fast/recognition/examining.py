@@ -58,9 +58,13 @@ _MOST_TRACES = 3
 
 
 class Unrecognised(NamedTuple):
-    """Why a module does not run in the fused kernels."""
+    """Why a module does not run in the fused kernels.
+
+    lasting   False where another thread may be the cause, so that it is looked at again
+    """
 
     reason: str
+    lasting: bool = True
 
 
 def copy_of(net: nn.Module) -> nn.Module:
@@ -235,7 +239,10 @@ def recognise(
     except FORWARD_ERRORS as error:
         return Unrecognised(f"it cannot be copied to be examined: {error}")
     spot = blind_spot(net, method)
-    generators = random.getstate(), _numpy_state()
+    # code that names no module, nor an object of its own, cannot draw from Python's or numpy's generators, which other
+    # threads may be drawing from meanwhile
+    generators = None if spot is None else (random.getstate(), _numpy_state())
+    drawn = False
     try:
         with chain_mode(device, gradients=True):
             found = _examine(net, twin, layout, method, conditions, device, trace and spot is None)
@@ -252,11 +259,12 @@ def recognise(
     except OtherPath:
         return Unrecognised("its forward takes another path when it runs again")
     finally:
-        drawn = generators != (random.getstate(), _numpy_state())
-        random.setstate(generators[0])
-        _set_numpy_state(generators[1])
+        if generators is not None and generators != (random.getstate(), _numpy_state()):
+            drawn = True
+            random.setstate(generators[0])
+            _set_numpy_state(generators[1])
     if drawn:
-        return Unrecognised("its forward draws from Python's or numpy's random generator")
+        return Unrecognised("its forward draws from Python's or numpy's random generator", lasting=False)
     if isinstance(found, Probed):
         found.why = spot
     return found
@@ -325,13 +333,14 @@ def _test_in_its_own_type(
     flat = torch.randn(n, layout.dim, generator=torch.Generator("cpu").manual_seed(n), device="cpu")
     flat = flat.to(device, like.dtype)
     try:
-        if isinstance(found, Probed):
-            mlp, quadratic = found.mlp(given)
-        else:
-            mlp, quadratic = found.mlp(1.0, given.options.get("context")), None
-        # a copy, so that attributes that it writes stay as they are
+        # a copy, so that attributes that it writes stay as they are, and no other thread changes a parameter
         twin = copy_of(net)
         own = Forward(twin, method)
+        if isinstance(found, Probed):
+            found.mlp(given)  # a copy draws from copies of generators
+            mlp, quadratic = found.of(own).mlp(given)
+        else:
+            mlp, quadratic = Recognised(twin, found.structure).mlp(1.0, given.options.get("context")), None
         with torch.no_grad():
             value = own(own.buffers(), layout.restore(flat), given.options).reshape(-1).double()
             expected = eager.mlp_forward(flat, mlp)[0].double()
@@ -399,7 +408,7 @@ def recognised(
     entry = remembered.get(key)
     if entry is None and any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
         return Unrecognised("a scripted or traced module cannot be watched; pass the nn.Module it was made from")
-    if entry is not None and not anew and (type(entry.found) is Probed or entry.guards.hold()):
+    if entry is not None and not anew and _is_settled(entry) and (type(entry.found) is Probed or entry.guards.hold()):
         return entry.found
     times, change = (0, None) if entry is None else (entry.times, entry.guards.change() or "its path")
     if len(remembered) >= _MAX_REMEMBERED:
@@ -411,6 +420,11 @@ def recognised(
         found = recognise(net, layout, method, conditions)
     remembered[key] = Examined(guards, found, times + 1, change, set())
     return found
+
+
+def _is_settled(entry: Examined) -> bool:
+    """Whether another look at an unchanged module would find nothing else."""
+    return type(entry.found) is not Unrecognised or entry.found.lasting or entry.times >= _MOST_TRACES
 
 
 def examined(net: nn.Module, layout: LatentLayout, method: str, conditions: Conditions) -> Examined | None:

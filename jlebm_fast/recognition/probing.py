@@ -14,6 +14,7 @@ seen by `agrees`, which compares what was read with the forward's own value and 
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -277,6 +278,12 @@ class Probed:
         self.spec = plan.spec
         self._dtype, self._device = like.dtype, like.device
         self.converged_buffers = forward.converged_buffers
+
+    def of(self, forward: Forward) -> Probed:
+        """The same of a copy's forward."""
+        found = copy.copy(self)
+        found.forward = forward
+        return found
 
     @property
     def normed(self) -> bool:

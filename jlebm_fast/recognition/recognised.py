@@ -108,6 +108,7 @@ class Recognised:
     """A module known to be an MLP, or a sum of such: its structure, and how to read its parameters."""
 
     def __init__(self, net: nn.Module, structure: Structure) -> None:
+        self.structure = structure
         self.spec, self.terms, self.context_dim = structure.spec, structure.terms, structure.context_dim
         self.layers = [Layer(net, site) for term in structure.terms for site in term.sites]
         terms = [

@@ -144,6 +144,8 @@ def many_logits_head(logits, chosen, KIND: tl.constexpr, N_LOGITS: tl.constexpr)
     else:
         tl.static_assert(KIND == "logit", "a head of problem.HEADS that this file has not got")
         followed = row == chosen[None, :]
-        slope = tl.where(followed, 1.0, 0.0)
-        value = tl.sum(tl.where(followed, logits, 0.0), axis=0)
+        # a number that is no logit's makes its chain NaN
+        there = (chosen >= 0) & (chosen < N_LOGITS)
+        slope = tl.where(there[None, :], tl.where(followed, 1.0, 0.0), float("nan"))
+        value = tl.where(there, tl.sum(tl.where(followed, logits, 0.0), axis=0), float("nan"))
     return value, slope
