@@ -155,6 +155,10 @@ def captured_chain(
         eps.copy_(_noise_of(update, k, z, backend))
         if k == 0:
             capture.first(run)
+            if z.is_cuda:  # made on the capture's stream, read on this one, and let go before it may have read it
+                for made in results[0]:
+                    if made is not None:
+                        made.record_stream(torch.cuda.current_stream(z.device))
         else:
             if replay is None:
                 replay = capture.record(run)

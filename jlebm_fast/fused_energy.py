@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, ops
+from . import backends, ops, precision
 from .backends import _native, cpu, cpu_plain, eager
 from .checks import has_memory
 from .modes import autocast_enabled
@@ -95,7 +95,10 @@ def pass_of(kernels: Any) -> NativePass:
 
     def run(z: Tensor, mlp: MLP, layers: bool, grad: bool) -> Pass:
         ops.check_mlp(mlp, z)
-        value, gradient, hidden, delta = kernels.mlp_energy_layers(z, mlp, layers=layers)
+        # "medium" lets chains run in bf16; what a loss is made of stays at what torch itself makes of that setting
+        asked = precision.asked()
+        with precision.using("tf32" if asked is None and precision.current() == "bf16" else asked):
+            value, gradient, hidden, delta = kernels.mlp_energy_layers(z, mlp, layers=layers)
         if not layers:
             return Pass(value, grad=gradient)
         of_logit = z.new_full((1, z.shape[0]), mlp.spec.out_scale)

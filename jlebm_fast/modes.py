@@ -86,6 +86,13 @@ def capturing(device: torch.device) -> bool:
     return device != _CPU and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """The tensor's device as torch's current one, where kernels are launched."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
 def device_of(z: object) -> torch.device:
     """The device of latents in any structure; the CPU for what is no latents and will be refused."""
     first = z[0] if isinstance(z, (list, tuple)) and z else z

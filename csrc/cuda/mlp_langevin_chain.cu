@@ -4,9 +4,11 @@
 // Posterior chains call it with n_steps = 1 and extra_grad: gradient and update in the same launch.
 // Here is also the launcher that mlp_energy_grad shares; the kernels themselves are compiled in mlp_kernel_*.cu.
 #include <algorithm>
-#include <cstring>
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cuda/mlp_call.h"
 
@@ -16,9 +18,35 @@ namespace {
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// all that a plan depends on
+using PlanKey = std::array<int64_t, kMaxHiddenLayers + 2 + 8>;
+
+PlanKey plan_key(const MlpNeeds& needs, const CudaLaunch& launch) {
+    PlanKey key{
+        needs.chains,     needs.mlp->n_hidden,    needs.energies,         needs.update, needs.slope_of_logits_general(),
+        launch.precision, launch.multiprocessors, launch.max_shared_bytes};
+    for (int l = 0; l < needs.mlp->n_hidden + 2; ++l) key[size_t(8 + l)] = needs.mlp->widths[l];
+    return key;
+}
+
+// Choosing takes 10 to 30 microseconds of the host, and a loop asks for the same few again and again: each thread
+// remembers its last ones.
 MlpPlan planned(const MlpNeeds& needs, const CudaLaunch& launch) {
+    constexpr size_t kRemembered = 8;
+    static thread_local std::vector<std::pair<PlanKey, MlpPlan>> remembered;
+    const PlanKey key = plan_key(needs, launch);
+#if defined(JLEBM_CUDA_ON_HOST)
+    if (plan_allowed) remembered.clear(); // tests allow one plan or the other
+#endif
+    for (const auto& [known, plan] : remembered)
+        if (known == key) return plan;
     MlpPlan plan;
     if (!plan_mlp(needs, launch, &plan)) throw std::invalid_argument(mlp_unsupported_reason(*needs.mlp, launch));
+#if defined(JLEBM_CUDA_ON_HOST)
+    if (plan_allowed) return plan;
+#endif
+    if (remembered.size() == kRemembered) remembered.erase(remembered.begin());
+    remembered.emplace_back(key, plan);
     return plan;
 }
 

@@ -301,6 +301,7 @@ private:
             for (int feature = lane_index(); feature < width; feature += kWarp)
                 to[(first_ + c) * width + feature] =
                     O::value(*reinterpret_cast<const typename O::Element*>(operand_at(l, feature, c)));
+        sync_warp(); // lanes have had unequal shares, and warp-wide instructions may follow
     }
 };
 

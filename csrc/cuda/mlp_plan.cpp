@@ -70,8 +70,9 @@ int64_t lay_out(const MlpNeeds& needs, MlpPlan* plan) {
     plan->slopes_bytes = lean ? slopes : 0;
     if (plan->logits) plan->logits_at = group.take(int64_t(mlp.n_logits()) * chains * 4);
     if (plan->z_in_shared) plan->z_at = group.take(int64_t((mlp.dim() + 3) / 4) * chains * 16);
-    plan->group_bytes = int(std::min<int64_t>((group.bytes() + 127) / 128 * 128, INT32_MAX));
-    const int64_t total = block.bytes() + plan->groups * (group.bytes() + 127) / 128 * 128;
+    const int64_t group_bytes = (group.bytes() + 127) / 128 * 128;
+    plan->group_bytes = int(std::min<int64_t>(group_bytes, INT32_MAX));
+    const int64_t total = block.bytes() + plan->groups * group_bytes;
     plan->shared_bytes = int(std::min<int64_t>(total, INT32_MAX));
     return total;
 }

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import precision
 from ..checks import describe
+from ..modes import on_device_of
 from ..problem import MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
 from . import _native
 from .cpu import _Addresses, _mlp_fields, _update_fields
@@ -68,6 +69,12 @@ class Kernels:
         workspace = torch.empty(n_bytes, dtype=torch.uint8, device=device)
         return self.launch(device, workspace), workspace
 
+    def _enqueue(self, kernel: str, tensor: Tensor, **fields: object) -> None:
+        """One call of the compiled module on the tensor's device; torch makes it the current one, and gives back what
+        was without making a context on a GPU that has none."""
+        with on_device_of(tensor):
+            getattr(self.native, kernel)(**fields)
+
     def langevin_noise(
         self,
         noise_key: int | Tensor,
@@ -85,7 +92,9 @@ class Kernels:
         out = torch.empty((n_steps, chains, dim), dtype=dtype, device=device)
         if out.numel():
             number, at = _key_fields(noise_key, out.device)
-            self.native.cuda_langevin_noise(
+            self._enqueue(
+                "cuda_langevin_noise",
+                out,
                 noise_key=number,
                 noise_key_at=at,
                 first_step=first_step,
@@ -105,7 +114,9 @@ class Kernels:
         if out.numel():
             number, at = _key_fields(update.noise_key, z.device)
             address = _Addresses()
-            self.native.cuda_langevin_step(
+            self._enqueue(
+                "cuda_langevin_step",
+                z,
                 chains=z.shape[0],
                 dim=z.shape[1],
                 z=address(z),
@@ -134,7 +145,9 @@ class Kernels:
         if chains:
             launch, _workspace = self._with_workspace("mlp_energy_grad", mlp, chains, True, z.device)
             address = _Addresses()
-            self.native.cuda_mlp_energy_grad(
+            self._enqueue(
+                "cuda_mlp_energy_grad",
+                z,
                 chains=chains,
                 z=address(z),
                 mlp=_mlp_fields(mlp, address),
@@ -164,7 +177,9 @@ class Kernels:
         energies = record.diagnostics and n_kept > 0
         launch, _workspace = self._with_workspace("mlp_langevin_chain", mlp, chains, energies, z.device)
         address = _Addresses()
-        self.native.cuda_mlp_langevin_chain(
+        self._enqueue(
+            "cuda_mlp_langevin_chain",
+            z,
             chains=chains,
             n_steps=n_steps,
             z=address(z),
@@ -199,8 +214,12 @@ class Kernels:
             rows.append((*weight.shape, address(weight), address(start), *[t.data_ptr() for t in outputs], *kept))
         launch = self.launch(device, None)
         for first in range(0, len(rows), MOST_WEIGHTS):
-            self.native.cuda_spectral_norms(
-                weights=rows[first : first + MOST_WEIGHTS], tolerance=tolerance, launch=launch
+            self._enqueue(
+                "cuda_spectral_norms",
+                pairs[0][0],
+                weights=rows[first : first + MOST_WEIGHTS],
+                tolerance=tolerance,
+                launch=launch,
             )
         return found
 
@@ -218,7 +237,7 @@ class Kernels:
         next replay draws fresh noise.
         """
         _, at = _key_fields(noise_key, noise_key.device)
-        self.native.cuda_advance_noise_key(noise_key=at, launch=self.launch(noise_key.device, None))
+        self._enqueue("cuda_advance_noise_key", noise_key, noise_key=at, launch=self.launch(noise_key.device, None))
 
 
 def _key_fields(noise_key: int | Tensor, device: torch.device) -> tuple[int, int]:

@@ -14,7 +14,6 @@ Tiles can be overridden, see triton_kernels/tiles.py.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import precision
+from ..modes import on_device_of
 from ..problem import MLP, ChainResult, MLPSpec, Record, Update
 
 NAME = "triton"
@@ -127,7 +127,7 @@ def langevin_noise(
     """The noise field eps [n_steps, chains, dim] of the noise contract."""
     out = torch.empty((n_steps, chains, dim), dtype=dtype, device=device)
     if out.numel():
-        with _on_device_of(out):
+        with on_device_of(out):
             _kernels().launch.noise_call(out, noise_key, first_step, first_chain, stream).run()
     return out
 
@@ -136,7 +136,7 @@ def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor:
     """One update of z [chains, dim] with a given gradient [chains, dim]."""
     out = torch.empty_like(z)
     if out.numel():
-        with _on_device_of(out):
+        with on_device_of(out):
             _kernels().launch.step_call(z, grad, update, out).run()
     return out
 
@@ -145,7 +145,7 @@ def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor]:
     """f(z) [chains] and its gradient [chains, dim]."""
     energy, grad = z.new_empty(z.shape[0]), torch.empty_like(z)
     if energy.numel():
-        with _on_device_of(z):
+        with on_device_of(z):
             launch, tiles, products, chip = _choice(z, mlp.spec, "mlp_energy_grad")
             launch.energy_grad_call(z, mlp, energy, grad, tiles, products, chip).run()
     return energy, grad
@@ -163,7 +163,7 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
         trajectory = z.new_empty(n_kept, chains, dim)
     result = ChainResult(torch.empty_like(z), energy, grad_norm, displacement, first_bad_step, trajectory)
     if chains:
-        with _on_device_of(z):
+        with on_device_of(z):
             launch, tiles, products, chip = _choice(z, mlp.spec, "mlp_langevin_chain")
             launch.chain_call(z, mlp, update, n_steps, record.thin, result, tiles, products, chip).run()
     return result
@@ -181,7 +181,7 @@ def top_singulars(
         n_out, n_in = weight.shape
         sizes = ((n_out,), (n_in,), (1,), (n_out, n_in))
         found.append(tuple(torch.empty(size, dtype=torch.float32, device=weight.device) for size in sizes))
-    with _on_device_of(pairs[0][0]):
+    with on_device_of(pairs[0][0]):
         _kernels().launch.spectral_call(pairs, found, keep, tolerance).run()
     return found
 
@@ -244,8 +244,3 @@ def _chip(index: int):
         # not every torch built for ROCm tells; a compute unit has 64 KB
         return chip("hip", 0, 65536, properties.multi_processor_count)
     return chip("cuda", properties.major, properties.shared_memory_per_block_optin, properties.multi_processor_count)
-
-
-def _on_device_of(tensor: Tensor):
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -48,7 +48,7 @@ def eager_spectral(case: Case, network: nn.Module) -> Run:
     normed = copy.deepcopy(network).train()
     for layer in normed:
         if isinstance(layer, nn.Linear):
-            torch.nn.utils.spectral_norm(layer, n_power_iterations=300)
+            torch.nn.utils.spectral_norm(layer, n_power_iterations=3000)  # from a random start
     with torch.no_grad():
         normed(torch.zeros(1, case.dim))  # converged before the first chain
     for layer in normed:

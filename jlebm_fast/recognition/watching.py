@@ -6,6 +6,7 @@ parameters are no part of it: those are read at every call.
 
 from __future__ import annotations
 
+import dis
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -183,6 +184,9 @@ def numbers_of(net: nn.Module) -> frozenset[tuple[type, float]]:
     for function in functions_behind(net):
         for code in codes_of(function):
             _collect_plain(tuple(c for c in code.co_consts if type(c) in (int, float)), found)
+            if "LOAD_SMALL_INT" in dis.opmap:  # from Python 3.14 on such numbers stand in the instructions
+                small = [one.arg for one in dis.get_instructions(code) if one.opname == "LOAD_SMALL_INT"]
+                _collect_plain(tuple(small), found)
             if "sum" in code.co_names:
                 found.add((int, 0))  # which Python's own starts with
         _collect_plain((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()), found)

@@ -11,6 +11,7 @@
 #include "common/normal.h"
 #include "cpu/kernels_target.h"
 #include "cpu/simd.h"
+#include "cpu/spectral_norm.h"
 
 using namespace jlebm;
 namespace kernels = jlebm::JLEBM_TARGET;
@@ -205,9 +206,64 @@ void check_weight_grads(std::vector<int> widths, int64_t chains, int threads) {
     check(worst < 2e-6 * double(chains + 1), "gradients in the parameters", worst);
 }
 
+// what mlp_energy_layers tells of h_l and df/da_l against what mlp_energy_grad makes of the same net: f, and the
+// gradient in z as the first layer's delta times its weights
+void check_layers(std::vector<int> widths, int64_t chains, int threads) {
+    const Problem problem(widths);
+    MlpEnergyLayersParams p;
+    p.chains = chains, p.mlp = problem.mlp;
+    int64_t rows = 0;
+    for (int l = 1; l <= p.mlp.n_hidden; ++l) rows += widths[size_t(l)];
+    std::vector<float> z(size_t(chains * widths[0])), energy(static_cast<size_t>(chains), -1.0f), grad(z),
+        other(energy);
+    for (size_t i = 0; i < z.size(); ++i) z[i] = float(int(i * 37 % 101) - 50) / 40;
+    std::vector<float> hidden(size_t(rows * chains)), delta(size_t((rows + widths.back()) * chains)), other_grad(z);
+    p.z = z.data(), p.energy = energy.data(), p.grad = grad.data(), p.hidden = hidden.data(), p.delta = delta.data();
+    kernels::mlp_energy_layers(p, threads);
+    MlpEnergyGradParams q{chains, z.data(), problem.mlp, other.data(), other_grad.data()};
+    kernels::mlp_energy_grad(q, threads);
+    double worst = 0;
+    for (size_t c = 0; c < energy.size(); ++c) worst = std::fmax(worst, std::fabs(energy[c] - other[c]));
+    for (size_t i = 0; i < grad.size(); ++i) worst = std::fmax(worst, std::fabs(grad[i] - other_grad[i]));
+    for (int64_t c = 0; c < chains; ++c)
+        for (int k = 0; k < widths[0]; ++k) {
+            double sum = 0;
+            for (int j = 0; j < widths[1]; ++j)
+                sum += double(delta[size_t(j * chains + c)]) * p.mlp.weights[0][j * widths[0] + k];
+            worst = std::fmax(worst, std::fabs(sum - grad[size_t(c * widths[0] + k)]));
+        }
+    check(worst < 2e-5, "what a net's layers tell", worst);
+    p.hidden = p.delta = p.grad = nullptr; // f alone
+    kernels::mlp_energy_layers(p, threads);
+}
+
+// |W^T u| = sigma with u where the iteration ended, from a start that is as good as any
+void check_spectral_norm(int64_t n_out, int64_t n_in) {
+    std::vector<float> weight(size_t(n_out * n_in)), u(static_cast<size_t>(n_out), 0.0f), v(static_cast<size_t>(n_in));
+    std::vector<float> normalised(weight);
+    for (size_t i = 0; i < weight.size(); ++i) weight[i] = float(int(i * 53 % 97) - 48) / 30;
+    u[0] = 1.0f;
+    const double sigma =
+        spectral_norm({n_out, n_in, weight.data(), u.data(), 1e-4, 400, u.data(), v.data(), normalised.data()});
+    double square = 0;
+    for (int64_t k = 0; k < n_in; ++k) {
+        double sum = 0;
+        for (int64_t j = 0; j < n_out; ++j) sum += double(u[size_t(j)]) * weight[size_t(j * n_in + k)];
+        square += sum * sum;
+    }
+    check(std::fabs(std::sqrt(square) / sigma - 1) < 1e-3, "spectral norm", sigma);
+    check(std::fabs(normalised[0] * sigma - weight[0]) < 1e-4, "weight by its spectral norm", normalised[0]);
+}
+
 } // namespace
 
 int main() {
+    for (int64_t chains : {1, 4, 17, 100}) {
+        check_layers({10, 23, 14, 1}, chains, 3);
+        check_layers({3, 5, 1}, chains, 1);
+    }
+    for (int64_t n_out : {1, 2, 7, 50})
+        for (int64_t n_in : {1, 3, 16, 50}) check_spectral_norm(n_out, n_in);
     for (int64_t chains : {1, 16, 37})
         for (int64_t dim : {1, 4, 10, 50}) check_noise(chains, dim);
     for (int threads : {1, 3})

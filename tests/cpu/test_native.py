@@ -16,8 +16,8 @@ from jlebm_fast.backends import _native
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [  # what takes longest to compile first
     *(f"csrc/cpu/{name}.cpp" for name in
-      ("mlp_langevin_chain", "mlp_energy_grad", "langevin_noise", "langevin_step", "mlp_activation", "mlp_weight_grads",
-       "interrupt", "threads")),
+      ("mlp_langevin_chain", "mlp_energy_grad", "mlp_energy_layers", "langevin_noise", "langevin_step",
+       "mlp_activation", "mlp_weight_grads", "spectral_norm", "interrupt", "threads")),
     "tests/cpu/native_check.cpp",
 ]  # fmt: skip
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-I", "csrc", "-pthread"]
