@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import TENSOR_CLASSES, in_memory
 from ..problem import MLP, ChainResult, MLPSpec, Record, Update
 from . import _native, cpu_blas
+from .native_fields import Addresses, mlp_fields, update_fields
 
 NAME = "cpu"
 _CPU = torch.device("cpu")
@@ -97,13 +97,13 @@ def langevin_step(z: Tensor, grad: Tensor, update: Update) -> Tensor:
     """One update of z [chains, dim] with a given gradient [chains, dim]."""
     out = torch.empty_like(z)
     if out.numel():
-        address = _Addresses()
+        address = Addresses()
         _native.load().cpu_langevin_step(
             chains=z.shape[0],
             dim=z.shape[1],
             z=address(z),
             grad=address(grad),
-            update=_update_fields(update, address),
+            update=update_fields(update, address),
             out=out.data_ptr(),
             n_threads=torch.get_num_threads(),
         )
@@ -116,11 +116,11 @@ def mlp_energy_grad(z: Tensor, mlp: MLP) -> tuple[Tensor, Tensor]:
         return cpu_blas.mlp_energy_grad(z, mlp)
     energy, grad = z.new_empty(z.shape[0]), torch.empty_like(z)
     if energy.numel():
-        address = _Addresses()
+        address = Addresses()
         _native.load().cpu_mlp_energy_grad(
             chains=z.shape[0],
             z=address(z),
-            mlp=_mlp_fields(mlp, address),
+            mlp=mlp_fields(mlp, address),
             energy=energy.data_ptr(),
             grad=grad.data_ptr(),
             n_threads=torch.get_num_threads(),
@@ -136,12 +136,12 @@ def mlp_energy_layers(
     """
     results = empty_layers(z, mlp, layers, grad)
     if z.shape[0]:
-        address = _Addresses()
+        address = Addresses()
         energy, hidden, delta, gradient = map(address, results)
         _native.load().cpu_mlp_energy_layers(
             chains=z.shape[0],
             z=address(z),
-            mlp=_mlp_fields(mlp, address),
+            mlp=mlp_fields(mlp, address),
             energy=energy,
             hidden=hidden,
             delta=delta,
@@ -174,13 +174,13 @@ def mlp_langevin_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record
             result.first_bad_step.fill_(-1)
         cpu_blas.mlp_langevin_chain(z, mlp, update, n_steps, record, result, langevin_step)
         return result
-    address = _Addresses()
+    address = Addresses()
     _native.load().cpu_mlp_langevin_chain(
         chains=chains,
         n_steps=n_steps,
         z=address(z),
-        mlp=_mlp_fields(mlp, address),
-        update=_update_fields(update, address),
+        mlp=mlp_fields(mlp, address),
+        update=update_fields(update, address),
         record=(record.thin, *[0 if t is None else t.data_ptr() for t in result[1:]]),
         out=result.z.data_ptr(),
         n_threads=torch.get_num_threads(),
@@ -209,52 +209,3 @@ def recorded(
     if record.trajectory:
         trajectory = like.new_empty((n_kept, chains, dim))
     return ChainResult(end, energy, grad_norm, displacement, first_bad_step, trajectory)
-
-
-class _Addresses(list):
-    """Addresses of tensors as integers, 0 for None; holds what it had to copy, alive for as long as it lives itself."""
-
-    def __call__(self, tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        if type(tensor) in TENSOR_CLASSES and tensor.is_contiguous() and not tensor.is_neg():  # nearly all of them
-            address = tensor.data_ptr()
-            if address:
-                return address
-        readable = in_memory(tensor)
-        if readable is not tensor:
-            self.append(readable)
-        return readable.data_ptr()
-
-
-def _mlp_fields(mlp: MLP, address: _Addresses) -> tuple:
-    return (
-        *mlp.spec.native_fields,
-        [address(weight) for weight in mlp.weights],
-        [address(bias) for bias in mlp.biases],
-        0 if mlp.context_bias is None else address(mlp.context_bias),
-        0 if mlp.logit is None else address(mlp.logit),
-    )
-
-
-def _update_fields(update: Update, address: _Addresses, noise_key: int | None = None) -> tuple:
-    """An Update as native kernels take it; noise_key replaces its own, which may be a tensor."""
-    # most of it is absent in most calls, and asking for what is absent costs as much as asking for what is there
-    steps, chains, mean, precision, frozen, noise, own_key, first_step, first_chain, extra_grad = update
-    return (
-        address(steps),
-        0 if chains is None else address(chains),
-        *((0, 0) if mean is None else (address(mean), _chain_stride(mean))),
-        *((0, 0) if precision is None else (address(precision), _chain_stride(precision))),
-        *((0, 0) if frozen is None else (address(frozen), _chain_stride(frozen))),
-        0 if noise is None else address(noise),
-        0 if extra_grad is None else address(extra_grad),
-        own_key if noise_key is None else noise_key,
-        first_step,
-        first_chain,
-    )
-
-
-def _chain_stride(per_dim_or_chain: Tensor) -> int:
-    """Elements from one chain's row to the next; 0 for one row that all chains share."""
-    return per_dim_or_chain.shape[1] if per_dim_or_chain.dim() == 2 else 0

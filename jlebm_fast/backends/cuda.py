@@ -24,7 +24,7 @@ from ..checks import describe
 from ..modes import on_device_of
 from ..problem import MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
 from . import _native
-from .cpu import _Addresses, _mlp_fields, _update_fields
+from .native_fields import Addresses, mlp_fields, shape_fields, update_fields
 
 NAME = "cuda"
 READS_KEY_TENSORS = True
@@ -56,7 +56,7 @@ class Kernels:
         found = self._plans.get(key)
         if found is None:
             found = self._plans[key] = self.native.cuda_mlp_plan(
-                op=op, chains=chains, mlp=_shape_fields(spec), energies=energies, launch=launch
+                op=op, chains=chains, mlp=shape_fields(spec), energies=energies, launch=launch
             )
         return found
 
@@ -113,7 +113,7 @@ class Kernels:
         out = torch.empty_like(z)
         if out.numel():
             number, at = _key_fields(update.noise_key, z.device)
-            address = _Addresses()
+            address = Addresses()
             self._enqueue(
                 "cuda_langevin_step",
                 z,
@@ -121,7 +121,7 @@ class Kernels:
                 dim=z.shape[1],
                 z=address(z),
                 grad=address(grad),
-                update=_update_fields(update, address, number),
+                update=update_fields(update, address, number),
                 noise_key_at=at,
                 out=out.data_ptr(),
                 launch=self.launch(z.device, None),
@@ -144,13 +144,13 @@ class Kernels:
         hidden, delta = ([z.new_empty(chains, width) for width in widths] for _ in range(2))
         if chains:
             launch, _workspace = self._with_workspace("mlp_energy_grad", mlp, chains, True, z.device)
-            address = _Addresses()
+            address = Addresses()
             self._enqueue(
                 "cuda_mlp_energy_grad",
                 z,
                 chains=chains,
                 z=address(z),
-                mlp=_mlp_fields(mlp, address),
+                mlp=mlp_fields(mlp, address),
                 energy=energy.data_ptr(),
                 grad=grad.data_ptr(),
                 hidden=[h.data_ptr() for h in hidden],
@@ -176,15 +176,15 @@ class Kernels:
         # an empty record (n_kept = 0) has no address, and then nothing is kept
         energies = record.diagnostics and n_kept > 0
         launch, _workspace = self._with_workspace("mlp_langevin_chain", mlp, chains, energies, z.device)
-        address = _Addresses()
+        address = Addresses()
         self._enqueue(
             "cuda_mlp_langevin_chain",
             z,
             chains=chains,
             n_steps=n_steps,
             z=address(z),
-            mlp=_mlp_fields(mlp, address),
-            update=_update_fields(update, address, number),
+            mlp=mlp_fields(mlp, address),
+            update=update_fields(update, address, number),
             noise_key_at=at,
             record=(record.thin, *[0 if t is None else t.data_ptr() for t in result[1:]]),
             out=result.z.data_ptr(),
@@ -202,7 +202,7 @@ class Kernels:
 
         keep: buffers (u, v), contiguous, that are overwritten with the vectors where sigma is finite and not zero.
         """
-        address, found = _Addresses(), []
+        address, found = Addresses(), []
         device = pairs[0][0].device
         for weight, _ in pairs:
             n_out, n_in = weight.shape
@@ -247,14 +247,6 @@ def _key_fields(noise_key: int | Tensor, device: torch.device) -> tuple[int, int
     if noise_key.device != device or noise_key.dtype != torch.int64 or noise_key.numel() != 1:
         raise ValueError(f"noise_key must be an integer, or [1] int64 on {device} like z, got {describe(noise_key)}")
     return 0, noise_key.data_ptr()
-
-
-def _shape_fields(spec: MLPSpec) -> tuple:
-    """An MLP's fields without parameters, for questions about sizes."""
-    nothing = [None] * (spec.n_hidden + 1)
-    address = _Addresses()
-    fields = _mlp_fields(MLP(spec, (), tuple(nothing)), address)
-    return (*fields[:5], [0] * (spec.n_hidden + 1), *fields[6:])
 
 
 # --- this process's devices -------------------------------------------------------------------------------------------
@@ -311,7 +303,7 @@ def _device_reason(index: int, spec: MLPSpec | None, name: str) -> str | None:
     reason = native.cuda_capability_reason(capability, native.cuda_archs)
     if not reason and spec is not None:
         launch = (index, 0, precision.NAMES.index(name), 0, 0, multiprocessors, max_shared_bytes)
-        reason = native.cuda_mlp_unsupported_reason(mlp=_shape_fields(spec), launch=launch)
+        reason = native.cuda_mlp_unsupported_reason(mlp=shape_fields(spec), launch=launch)
     return reason or None
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from jlebm_fast import FastLangevin, ops, registration, rng
-from jlebm_fast.backends import _native, cpu, eager
+from jlebm_fast.backends import _native, cpu, eager, native_fields
 from jlebm_fast.bench import machine, report
 from jlebm_fast.bench.cases import CASES, LEBM, mlp_of
 from jlebm_fast.bench.sections import energy_of, sampler_of
@@ -186,8 +186,8 @@ def overhead() -> list[dict[str, object]]:
     mlp = MLP(spec, (torch.ones(4, 4), torch.ones(1, 4)), (torch.ones(4), torch.ones(1)))
     z, update = torch.ones(1, 4), Update(torch.ones(1, 3), prior_precision=torch.ones(4), noise_key=1)
     native, out, value = _native.load(), torch.empty(1, 4), torch.empty(1)
-    address = cpu._Addresses()
-    fields, update_fields = cpu._mlp_fields(mlp, address), cpu._update_fields(update, address)
+    address = native_fields.Addresses()
+    fields, update_fields = native_fields.mlp_fields(mlp, address), native_fields.update_fields(update, address)
     spread_mlp, spread_update = registration.spread_mlp(mlp), registration.spread_update(update)
     at, to = z.data_ptr(), out.data_ptr()
     place = {"noise_key": 1, "first_step": 0, "first_chain": 0, "stream": 0, "n_steps": 1, "chains": 1, "dim": 4}

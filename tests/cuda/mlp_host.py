@@ -12,7 +12,7 @@ import host_build
 import torch
 from torch import Tensor
 
-from jlebm_fast.backends import cpu, eager
+from jlebm_fast.backends import eager, native_fields
 from jlebm_fast.problem import MLP, ChainResult, MLPSpec, Record, Update
 
 PRECISIONS = {"fp32": 0, "tf32": 1, "bf16": 2}
@@ -141,8 +141,8 @@ class Host:
         energy, grad = torch.full((z.shape[0],), math.nan), torch.full_like(z, math.nan)
         hidden, delta = ([torch.full((z.shape[0], w), math.nan) for w in mlp.spec.widths[1:-1]] for _ in range(2))
         self._want(plan)
-        address = cpu._Addresses()
-        fields = cpu._mlp_fields(mlp, address)
+        address = native_fields.Addresses()
+        fields = native_fields.mlp_fields(mlp, address)
         self.module.cuda_mlp_energy_grad(
             chains=z.shape[0],
             z=address(z),
@@ -178,15 +178,15 @@ class Host:
             kept[4] = torch.full((n_kept, *z.shape), math.nan)
         out = torch.full_like(z, math.nan)
         self._want(plan)
-        address = cpu._Addresses()
-        fields = cpu._mlp_fields(mlp, address)
+        address = native_fields.Addresses()
+        fields = native_fields.mlp_fields(mlp, address)
         where = (fields, record.diagnostics, address, precision, seed, limits)
         self.module.cuda_mlp_langevin_chain(
             chains=z.shape[0],
             n_steps=n_steps,
             z=address(z),
             mlp=fields,
-            update=cpu._update_fields(update, address),
+            update=native_fields.update_fields(update, address),
             noise_key_at=address(key_at),
             record=(record.thin, *(address(t) for t in kept)),
             out=address(out),
@@ -196,15 +196,15 @@ class Host:
 
     def plan(self, mlp: MLP, chains: int, precision: str, *, shared: int, energies: bool = False) -> dict:
         self._want(())
-        address = cpu._Addresses()
-        fields = cpu._mlp_fields(mlp, address)
+        address = native_fields.Addresses()
+        fields = native_fields.mlp_fields(mlp, address)
         return self.module.mlp_plan(fields, chains, energies, PRECISIONS[precision], 132, shared)
 
     def unsupported_reason(self, mlp: MLP, precision: str, shared: int) -> str:
         self._want(())
-        address = cpu._Addresses()
+        address = native_fields.Addresses()
         launch = (0, 0, PRECISIONS[precision], 0, 0, 132, shared)
-        return self.module.cuda_mlp_unsupported_reason(mlp=cpu._mlp_fields(mlp, address), launch=launch)
+        return self.module.cuda_mlp_unsupported_reason(mlp=native_fields.mlp_fields(mlp, address), launch=launch)
 
     def _launch(self, op, chains, fields, energies, address, precision, seed, limits) -> tuple:
         launch = (0, seed, PRECISIONS[precision], 0, 0, *limits)

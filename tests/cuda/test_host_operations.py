@@ -9,7 +9,7 @@ import torch
 from host_build import H100, host_module, on_host
 
 from jlebm_fast import backends, precision
-from jlebm_fast.backends import _native, cuda, eager
+from jlebm_fast.backends import _native, cuda, eager, native_fields
 from jlebm_fast.problem import MLP, MLPSpec, Record, Update
 
 KEY = 0xFEDCBA9876543210
@@ -128,7 +128,7 @@ def test_the_plan_is_named_and_the_precision_followed(small):
 def test_a_net_too_large_for_every_regime_is_refused_with_a_remedy():
     spec = MLPSpec((4000, 4000, 1), ("gelu",), (0.0,))
     launch = (0, 0, 0, 0, 0, *H100)
-    reason = host_module().cuda_mlp_unsupported_reason(mlp=cuda._shape_fields(spec), launch=launch)
+    reason = host_module().cuda_mlp_unsupported_reason(mlp=native_fields.shape_fields(spec), launch=launch)
     assert "shared memory" in reason
     assert "use bf16" in reason
 
@@ -225,7 +225,9 @@ def test_wrong_device_and_dtype_are_reasons_before_the_launch(monkeypatch):
 def test_precision_numbers_and_workspaces_are_checked(small):
     z = normal(3, 6)
     with pytest.raises(ValueError, match="precision must be 0"):
-        host_module().cuda_mlp_unsupported_reason(mlp=cuda._shape_fields(small.spec), launch=(0, 0, 3, 0, 0, *H100))
+        host_module().cuda_mlp_unsupported_reason(
+            mlp=native_fields.shape_fields(small.spec), launch=(0, 0, 3, 0, 0, *H100)
+        )
     streamed = on_host(limits=(2, 12000))
     n_bytes, regime = streamed.plan("mlp_energy_grad", small.spec, 3, True, z.device)
     assert regime.startswith("streamed") == (n_bytes > 0)
