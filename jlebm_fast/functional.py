@@ -11,7 +11,7 @@ from . import backends, dynamics, ops
 from .checks import check_like, describe, whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .energy_source import EnergySource
-from .latents import flatten_latents, flatten_mask
+from .latents import Latents, flatten_latents, flatten_mask
 from .modes import chain_mode, device_of
 from .problem import Update
 from .rng import check_noise_key, noise_key_of
@@ -89,8 +89,8 @@ def _check_device(device: torch.device | str) -> torch.device:
 
 
 def langevin_step(
-    z: Tensor | list[Tensor] | tuple[Tensor, ...],
-    grad: Tensor | list[Tensor] | tuple[Tensor, ...],
+    z: Latents,
+    grad: Latents,
     *,
     step_size: float | Tensor = 0.4,
     noise_scale: float | Tensor = 1.0,
@@ -103,7 +103,7 @@ def langevin_step(
     step: int = 0,
     first_chain: int = 0,
     backend: str = "auto",
-) -> Tensor | list[Tensor] | tuple[Tensor, ...]:
+) -> Latents:
     """One Langevin update with a gradient that the caller computed, in one launch.
 
         z + s²/2 (± grad + (mean − z)/std²) + s · noise_scale · eps[step]
@@ -168,12 +168,12 @@ def langevin_step(
 
 def energy_and_grad(
     energy: nn.Module | Callable[..., Tensor],
-    z: Tensor | list[Tensor] | tuple[Tensor, ...],
+    z: Latents,
     *,
     context: Tensor | None = None,
     y: Tensor | int | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor | list[Tensor] | tuple[Tensor, ...]]:
+) -> tuple[Tensor, Latents]:
     """An energy's value and its gradient in z, fused where the energy is a (recognised) MLP.
 
         a_l = W_l h_{l−1} + b_l,  h_l = phi(a_l);   delta_l = (W_{l+1}ᵀ delta_{l+1}) phi′(a_l),  ∇f = W_1ᵀ delta_1

@@ -28,7 +28,7 @@ class LatentLayout(NamedTuple):
     def dim(self) -> int:
         return sum(self.dims)
 
-    def restore(self, flat: Tensor) -> Tensor | list[Tensor] | tuple[Tensor, ...]:
+    def restore(self, flat: Tensor) -> Latents:
         """The flat tensor [chains, dim] in the caller's structure."""
         if self.container is Tensor:
             return flat if not self.trailing[0] else flat.view(*flat.shape, *self.trailing[0])
@@ -67,7 +67,7 @@ def _check_layer(name: str, index: int, z: object, first: Tensor) -> None:
     )
 
 
-def flatten_latents(z: Tensor | list[Tensor] | tuple[Tensor, ...], name: str = "z") -> tuple[Tensor, LatentLayout]:
+def flatten_latents(z: Latents, name: str = "z") -> tuple[Tensor, LatentLayout]:
     """The flat contiguous tensor [chains, dim] behind `z` (a new tensor, or a view of `z`) and its layout.
 
     name: what the caller of the package knows the argument by.

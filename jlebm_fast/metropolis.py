@@ -12,13 +12,9 @@ from . import dynamics
 from .checks import whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .functional import energy_and_grad, langevin_noise, langevin_step
-from .latents import LatentLayout, flatten_latents
+from .latents import LatentLayout, Latents, flatten_latents
 from .ops import check_count, check_counter, check_thin
-from .rng import COUNTER_RANGE, noise_key_of
-
-ACCEPT_REJECT = 2  # stream of the noise field: csrc/README.md, "the noise contract"
-
-Latents = Tensor | list[Tensor] | tuple[Tensor, ...]
+from .rng import ACCEPT_REJECT, COUNTER_RANGE, noise_key_of
 
 
 class MALAInfo(NamedTuple):

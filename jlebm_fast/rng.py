@@ -11,6 +11,8 @@ from .modes import capturing, watched
 KEY_RANGE = 1 << 64
 # steps and chains of the noise field are counted in 32 bits, and wrap
 COUNTER_RANGE = 1 << 32
+# streams of the noise field (csrc/README.md, "the noise contract"): of Langevin steps, of starts, of accept and reject
+LANGEVIN, INITIAL_Z, ACCEPT_REJECT = 0, 1, 2
 _CPU = torch.device("cpu")
 
 

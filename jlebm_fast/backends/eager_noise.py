@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STREAM_LANGEVIN, STREAM_INITIAL, STREAM_ACCEPT_REJECT = 0, 1, 2
+from ..rng import LANGEVIN
 
 _MASK32 = 0xFFFFFFFF
 _LOG_Q = (
@@ -93,7 +93,7 @@ def langevin_noise(
     *,
     first_step: int = 0,
     first_chain: int = 0,
-    stream: int = STREAM_LANGEVIN,
+    stream: int = LANGEVIN,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
