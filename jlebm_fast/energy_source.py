@@ -208,7 +208,7 @@ class EnergySource:
         if isinstance(found, Probed):
             why = "" if found.why is None else f", because its code looks at {found.why}"
             said.append(f"parameters by a run of its own forward on {found.rows} rows per call{why}")
-        if found.normed:
+        if found.norms:
             said.append("spectral norms as they converge, to which the module's own come by their power iterations")
         return found.n_terms, said
 

@@ -19,12 +19,15 @@ from .latents import LatentLayout, flatten_latents
 from .modes import chain_mode, device_of
 from .problem import MLP, MLPSpec, Record, Update
 from .recognition.examining import Unrecognised
+from .recognition.probing import Conditions
+from .recognition.recognised import effective_weights
 from .sampler import FastLangevin, Latents
 from .stepwise import AnyEnergy
 
 # fixed before looking: parity as in the tests, laws at one false alarm in ten thousand per number
 _PARITY_FACTOR, _PARITY_FLOOR = 2.0, 1e-6
 _GRADIENT_TOLERANCE = 1e-4
+_NORM_TOLERANCE = 1e-3
 _LAW_LEVEL = 1e-4
 _LAW_COORDINATES = 1 << 16
 _CHAINS = 64
@@ -78,6 +81,7 @@ def verify(
         gradient   value and ∇ against torch.autograd through the energy's own forward
         parity     a step, and a fused chain, with the same noise: error <= 2 · error of plain torch + 1e-6, both
                    against float64
+        norm       each spectral norm that the chains divide by against an exact singular value decomposition
         noise      eps equal to the oracle in every bit
         law        f = 0: z_k is Gaussian, v ← (1 − s²/2)² v + s²; mean, variance and Kolmogorov-Smirnov
 
@@ -132,6 +136,7 @@ def verify(
                 _noise_check(flat, name),
                 *_law_checks(sampler, flat, name),
             ]
+        checks += _norm_checks(sampler, layout, conditions(flat, context, y), tried[0])
         certificate = Certificate(sampler.explain(z, context=context, y=y), tuple(checks), tuple(missing))
     if show:
         print(certificate)
@@ -159,6 +164,24 @@ def _gradient_check(
     return Check(
         "gradient", name, error <= _GRADIENT_TOLERANCE, f"{error:.1e} from autograd (<= {_GRADIENT_TOLERANCE:.0e})"
     )
+
+
+def _norm_checks(sampler: FastLangevin, layout: LatentLayout, given: Conditions, name: str) -> list[Check]:
+    """σ_max of each weight that a spectral norm has divided, which is to be 1."""
+    net = sampler._source.net
+    with torch.no_grad():
+        if is_plain_energy_mlp(net):
+            weights = [layer.effective_weight() for layer in net.layers if layer.spectral_norm]
+        else:
+            found = sampler._source.found(layout, given)
+            layers = [] if isinstance(found, Unrecognised) else found.norms
+            weights = effective_weights(layers)
+        if not weights:
+            return []
+        error = max(float((torch.linalg.matrix_norm(w.flatten(1).double(), 2) - 1).abs()) for w in weights)
+    # written so that NaN fails
+    detail = f"{len(weights)} norms, {error:.1e} from exact (<= {_NORM_TOLERANCE:.0e})"
+    return [Check("norm", name, error <= _NORM_TOLERANCE, detail)]
 
 
 def _error(value: Tensor, expected: Tensor) -> float:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 import jlebm_fast as jf
 from jlebm_fast import backends
@@ -64,6 +65,7 @@ import importlib.util
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name in ("jlebm_fast._C", "triton") else real(name, *rest)
 import torch
+from torch import nn
 torch_alone = set(sys.modules)
 import jlebm_fast as jf
 f = jf.EnergyMLP((2, 3), 8, 2)
@@ -164,6 +166,33 @@ def test_an_energy_mlp_is_not_examined_as_somebodys_module():
     f, z = jf.EnergyMLP(4, 8, 1), torch.randn(5, 4)
     jf.FastLangevin(f).sample(z)
     assert "examined" not in jf.verify(f, z, show=False).explanation
+
+
+@pytest.mark.parametrize("kind", ["own", "torch's", "read by a run"])
+def test_verify_holds_spectral_norms_against_exact_ones(kind, monkeypatch):
+    f = jf.EnergyMLP(6, 8, 2, spectral_norm=True)
+    if kind != "own":
+        layers = [torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.GELU(), nn.Linear(8, 1)]
+        f = nn.Sequential(*layers)
+    if kind == "read by a run":
+        f = WithGaussian(f)
+    z = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
+    certificate = jf.verify(f, z, show=False)
+    (norm,) = (check for check in certificate.checks if check.name == "norm")
+    assert certificate.passed
+    assert f"{3 if kind == 'own' else 1} norms" in norm.detail
+    exact = torch.linalg.matrix_norm
+    monkeypatch.setattr(torch.linalg, "matrix_norm", lambda w, order: 1.01 * exact(w, order))
+    assert not jf.verify(f, z, show=False).passed
+
+
+class WithGaussian(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, z):
+        return self.net(z) - 0.5 * z.square().sum(1, keepdim=True)
 
 
 def test_verify_needs_to_know_the_latents():

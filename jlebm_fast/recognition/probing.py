@@ -286,9 +286,9 @@ class Probed:
         return found
 
     @property
-    def normed(self) -> bool:
-        """Whether any weight is divided by its spectral norm."""
-        return bool(self.forward.norms)
+    def norms(self) -> list[Layer]:
+        """The layers whose weights are divided by their spectral norm."""
+        return self.forward.norms
 
     @property
     def rows(self) -> int:

@@ -154,9 +154,9 @@ class Recognised:
         return assembled(self.spec if sign == 1.0 else self.spec.negated, terms, weights, biases, context)
 
     @property
-    def normed(self) -> bool:
-        """Whether any weight is divided by its spectral norm."""
-        return any(layer.kind == "spectral" for layer in self.layers)
+    def norms(self) -> list[Layer]:
+        """The layers whose weights are divided by their spectral norm."""
+        return [layer for layer in self.layers if layer.kind == "spectral"]
 
     @property
     def n_terms(self) -> int:
