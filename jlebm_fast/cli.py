@@ -25,7 +25,8 @@ EXTRA_MODULES = {"tyro", "tqdm", "matplotlib", "datasets", "pyarrow", "PIL", "sk
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `jlebm` with `arguments` (default: the process's) and returns its exit code.
 
-    0: done. 1: the command failed, one sentence on stderr says why. 2: the arguments are wrong. 130: interrupted.
+    0: done. 1: the command failed, one sentence on stderr says why. 2: the arguments are wrong. 130: interrupted, by
+    Ctrl-C or SIGINT; a training run answers SIGTERM too, after a checkpoint, and ends with 143.
     141: whoever read the output has closed the pipe (`jlebm info | head -1`), which nothing needs to be said of.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -40,6 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # what is still to be written has nowhere to go: Python's own flush at its end shall not complain of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _ended(PIPE_CLOSED)
+    except KeyboardInterrupt:
+        return _ended(_fail("interrupted", INTERRUPTED))
+    except ImportError as error:
+        if not isinstance(error.__cause__, KeyboardInterrupt):  # of a compiled module that was just beginning
+            raise
+        return _ended(_fail("interrupted", INTERRUPTED))
 
 
 def _main(arguments: list[str]) -> int:
@@ -57,7 +64,8 @@ def _main(arguments: list[str]) -> int:
         return _missing_module(error)
     except RunError as error:
         # what all ranks of a run end with is said by one of them
-        return _ended(FAILURE if error.shared and os.environ.get("RANK", "0") != "0" else _fail(str(error)))
+        code = getattr(error, "exit_code", FAILURE)
+        return _ended(code if error.shared and os.environ.get("RANK", "0") != "0" else _fail(str(error), code))
     except BrokenPipeError as error:
         if _reader_left():
             raise
@@ -69,8 +77,6 @@ def _main(arguments: list[str]) -> int:
         if wanted is None:
             raise
         return _fail(f"out of memory{wanted}: ask for fewer samples, smaller batches, or a smaller model")
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
 
 
 def _memory_wanted(error: MemoryError | RuntimeError) -> str | None:

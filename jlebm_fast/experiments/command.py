@@ -33,7 +33,7 @@ class Reproduce:
     data: str = "mnist"
     """Images with labels: mnist (downloaded), or the path of a folder with its Parquet files."""
     quick: bool = False
-    """A small version of everything, about ten minutes on four cores, that shows the report rather than the paper."""
+    """A small version of everything, six or seven minutes on four cores, to show the report rather than the paper."""
     plan: bool = False
     """Only time a few updates of each model and say what the whole would take."""
     parts: tuple[Part, ...] = PARTS

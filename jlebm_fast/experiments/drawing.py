@@ -17,7 +17,8 @@ from jlebm_fast.training import figures
 from jlebm_fast.training.figures import DPI, Panel, Sketch, draw_panels, save_figure
 from jlebm_fast.training.files import whole_file
 from jlebm_fast.training.run_folder import open_run
-from jlebm_fast.training.sources import Images, to_network, to_pixels
+from jlebm_fast.training.samples import decoded_pixels, drawn_prior
+from jlebm_fast.training.sources import Images, to_network
 
 from .cells import Cell
 from .work import Place
@@ -135,7 +136,7 @@ def draw_samples_of_all(place: Place, cells: dict[str, Cell]) -> Drawing:
             continue
         model = open_run(place.run(cells[name]).path, place.device)[2]
         generator = torch.Generator(model.device).manual_seed(0)
-        panels.append(Panel(name, to_pixels(model.decode(model.sample_prior(SHEET**2, generator))), SHEET))
+        panels.append(Panel(name, decoded_pixels(model, drawn_prior(model, SHEET**2, generator)), SHEET))
     path = place.root / "figures" / "samples_of_all_models.png"
     draw_panels(path, panels, 5)
     return Drawing(path, "Samples of every model, first seed, none selected.")

@@ -12,7 +12,8 @@ from torch.nn import functional
 from jlebm_fast.models import LatentModel
 from jlebm_fast.models.model import squared_error
 from jlebm_fast.training.frechet import FeatureNet, frechet_distance
-from jlebm_fast.training.sources import Images, to_network, to_pixels
+from jlebm_fast.training.samples import decoded_pixels, drawn_prior
+from jlebm_fast.training.sources import Images, to_network
 
 from .cells import Cell
 from .classifier import features_and_classes
@@ -59,8 +60,8 @@ def class_score(probabilities: Tensor) -> float:
 def distance(subject: Subject) -> dict[str, float]:
     """Fréchet distance of samples to the held-out images, class score, and reconstruction error of the latter."""
     model, device = subject.model, subject.model.device
-    zs = model.sample_prior(subject.settings.samples, subject.generator())
-    features, classes = features_and_classes(subject.classifier, to_pixels(model.decode(zs)), device)
+    zs = drawn_prior(model, subject.settings.samples, subject.generator())
+    features, classes = features_and_classes(subject.classifier, decoded_pixels(model, zs), device)
     reference, _ = features_and_classes(subject.classifier, subject.images.held_out, device)
     shown = to_network(subject.images.held_out[:RECONSTRUCTED], device)
     error = squared_error(shown, model.reconstruct(shown, subject.generator())).mean().item()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,8 @@ from jlebm_fast.training.files import write_atomically
 from jlebm_fast.training.inception import inception_fid, require_inception
 from jlebm_fast.training.progress import progress_bar
 from jlebm_fast.training.run_folder import locked, open_run, pick_device
-from jlebm_fast.training.sources import Images, load_images, to_network, to_pixels
+from jlebm_fast.training.samples import decoded_pixels, drawn_prior
+from jlebm_fast.training.sources import Images, load_images, to_network
 
 from .cells import ONE_LAYER, Cell, Plan
 from .classifier import GOOD_ENOUGH, accuracy, cached_classifier
@@ -60,13 +62,13 @@ def reproduce(request: Request) -> pathlib.Path:
     device = pick_device(request.device)
     if request.inception_weights is not None:
         require_inception(request.inception_weights)
-    images = _images(request)
+    request.root.mkdir(parents=True, exist_ok=True)
     with open(request.root / ".lock", "wb") as file:
         if not locked(file):
             raise RunError(
                 f'another process is at work in "{request.root}": wait until it has ended, or take another --out'
             )
-        return _reproduce(request, images, device)
+        return _reproduce(request, _images(request), device)
 
 
 def _reproduce(request: Request, images: Images, device: torch.device) -> pathlib.Path:
@@ -82,7 +84,7 @@ def _reproduce(request: Request, images: Images, device: torch.device) -> pathli
     results = Results(plan, found)
     tables = all_tables(results)
     if request.inception_weights is not None:
-        tables.append(_inception_table(request, place, plan, images, device))
+        tables.append(_inception_table(request, place, results, images, device))
     drawings = _drawings(place, plan, results, images) if "figures" in plan.tables else []
     page = report_html("Joint latent energy priors on MNIST", facts, tables, drawings)
     write_atomically(request.root / "report.html", page.encode())
@@ -103,22 +105,35 @@ def _reproduce(request: Request, images: Images, device: torch.device) -> pathli
 
 
 def _images(request: Request) -> Images:
-    """The decoded images, from the folder's own copy where it is of the same source."""
+    """The decoded images, which are then kept in the folder; only for who holds its lock, for others read the file."""
+    images, are_kept = _read(request)
+    if not are_kept:
+        request.root.mkdir(parents=True, exist_ok=True)
+        save_images(request.root / "images.npz", images)
+    return images
+
+
+def _read(request: Request) -> tuple[Images, bool]:
+    """The decoded images, and whether they are the folder's own copy, which is taken where it is of the same source."""
     path = request.root / "images.npz"
     if path.is_file():
         images = read_images(path)
         if images.name == request.data:
+            # to compare them would be to decode 70,000 files at every call
+            print(
+                f'jlebm: the images are those that "{path}" kept of "{request.data}"; if that has changed since, '
+                "remove the copy",
+                file=sys.stderr,
+            )
             _require_enough(request, images)
-            return images
+            return images, True
     images = load_images(request.data)
     images.require_classes()
     missing = [digit for digit in request.settings.digits if not (images.held_out_labels == digit).any()]
     if missing and "anomaly" in request.parts:
         raise ImageError(f'"{request.data}" has no held-out images of class {missing[0]}; the anomaly table needs them')
     _require_enough(request, images)
-    request.root.mkdir(parents=True, exist_ok=True)
-    save_images(path, images)
-    return images
+    return images, False
 
 
 def _require_enough(request: Request, images: Images) -> None:
@@ -194,15 +209,16 @@ def _drawable(results: Results, identity: str) -> bool:
     return identity in results.found and "failed" not in results.found[identity]
 
 
-def _inception_table(request: Request, place: Place, plan: Plan, images: Images, device: torch.device) -> Table:
+def _inception_table(request: Request, place: Place, results: Results, images: Images, device: torch.device) -> Table:
+    plan = results.plan
     rows = [["model", "Inception FID"]]
     first = request.settings.seeds[0]
     for (name, seed), identity in plan.tables.get("models", {}).items():
-        if seed != first or not place.result(plan.cells[identity]).is_file():
+        if seed != first or not _drawable(results, identity):
             continue
         model = open_run(place.run(plan.cells[identity]).path, device.type)[2]
         generator = torch.Generator(device).manual_seed(SAMPLE_SEED)
-        samples = to_pixels(model.decode(model.sample_prior(request.settings.samples, generator)))
+        samples = decoded_pixels(model, drawn_prior(model, request.settings.samples, generator))
         fid = inception_fid(samples, images.held_out, request.inception_weights, device)
         rows.append([name, f"{fid:.2f}"])
     note = f"{request.settings.samples} samples against {len(images.held_out)} held-out images; the first seed."
@@ -212,10 +228,11 @@ def _inception_table(request: Request, place: Place, plan: Plan, images: Images,
 def time_estimate(request: Request) -> list[str]:
     """What each cell would take, from a few updates of each kind of model, timed one after another on one thread.
 
-    Cells that are done count nothing; those that start from another's first stage count what they add.
+    Cells that are done count nothing; those that start from another's first stage count what they add. Nothing is
+    written: another process may be at work in the folder.
     """
     device = pick_device(request.device)
-    images = _images(request)
+    images, _ = _read(request)
     place = Place(request.root, request.settings, images.fingerprint(), device.type)
     plan = Plan(request.settings, request.data, device.type, request.parts)
     threads = torch.get_num_threads()

@@ -14,7 +14,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from jlebm_fast.training.errors import RunError
 from jlebm_fast.training.files import write_atomically
 from jlebm_fast.training.progress import progress_bar
 from jlebm_fast.training.run_folder import RunConfig, RunFolder, pick_device
+from jlebm_fast.training.samples import DivergedSamples
 from jlebm_fast.training.sources import Images
 from jlebm_fast.training.trainer import Trainer
 
@@ -158,7 +159,7 @@ def train_cell(place: Place, cell: Cell, images: Images, stop: Callable[[], bool
         saved, since, since_step = time.monotonic(), time.perf_counter(), trainer.step
         while trainer.step < trainer.total_steps:
             trainer.advance()
-            if trainer.step % METRICS_EVERY == 0 or trainer.step == trainer.total_steps:
+            if trainer.step % METRICS_EVERY == 0 or trainer.step in trainer.stage_ends:
                 now = time.perf_counter()
                 metrics.write(trainer.metrics_line((trainer.step - since_step) / (now - since)))
                 since, since_step = now, trainer.step
@@ -183,9 +184,6 @@ def run_cell(place: Place, cell: Cell, images: Images, stop: Callable[[], bool])
     del result["options"]["data"]  # a path of this machine
     try:
         trainer = train_cell(place, cell, images, stop)
-    except NonFiniteLoss as error:  # the same again tomorrow: a result, and the report shows it
-        result["failed"] = f"diverged: {error}"
-    else:
         device = trainer.device
         classifier = cached_classifier(place.classifier, images, place.settings.classifier_steps, device)
         subject = Subject(trainer.model.eval(), cell, images, classifier, place.settings)
@@ -193,6 +191,8 @@ def run_cell(place: Place, cell: Cell, images: Images, stop: Callable[[], bool])
             result["measures"][name] = MEASURES[name](subject)
             if stop():
                 raise StopRequested
+    except (NonFiniteLoss, DivergedSamples) as error:  # the same again tomorrow: a result, and the report shows it
+        result["failed"] = f"diverged: {error}"
     result["seconds"] = round(time.perf_counter() - started, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
@@ -200,15 +200,17 @@ def run_cell(place: Place, cell: Cell, images: Images, stop: Callable[[], bool])
 
 
 _images: Images | None = None  # of a worker process: read once
+_fingerprint = ""  # theirs
 _stop: Any = None
 
 
 def _start_worker(images: pathlib.Path, threads: int, stop: Any) -> None:
-    global _images, _stop
+    global _images, _fingerprint, _stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process tells when to stop
     threading.Thread(target=_end_with_first_process, daemon=True).start()
     torch.set_num_threads(threads)
     _images, _stop = read_images(images), stop
+    _fingerprint = _images.fingerprint()
 
 
 def _end_with_first_process() -> None:
@@ -218,6 +220,11 @@ def _end_with_first_process() -> None:
 
 
 def _work(place: Place, cell: Cell) -> dict[str, Any] | None:
+    if _fingerprint != place.fingerprint:  # results are named by it
+        raise RunError(
+            f'"{place.images}" was replaced by other images while the experiments ran: the same command begins again '
+            "with those that are there now"
+        )
     try:
         return run_cell(place, cell, _images, _stop.is_set)
     except StopRequested:
@@ -237,6 +244,13 @@ def _stopping(event: Any) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end_the_others(running: Iterable[concurrent.futures.Future], stop: Any) -> None:
+    """Those that train save themselves and end, those that have not begun do not."""
+    stop.set()
+    for future in running:
+        future.cancel()
 
 
 def run_cells(place: Place, cells: dict[str, Cell], jobs: int, threads: int) -> bool:
@@ -269,13 +283,16 @@ def run_cells(place: Place, cells: dict[str, Cell], jobs: int, threads: int) -> 
                 done, _ = concurrent.futures.wait(running, timeout=1.0, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in done:
                     running.pop(future)
-                    result = None if future.cancelled() else future.result()
+                    try:
+                        result = None if future.cancelled() else future.result()
+                    except (RunError, OSError):
+                        _end_the_others(running, stop)
+                        raise
                     if result is not None:
                         bar.set_postfix_str(f"{result['label']}: {result['seconds']:.0f} s", refresh=False)
                         bar.update()
                 if stop.is_set():
-                    for future in running:
-                        future.cancel()
+                    _end_the_others(running, stop)
     except concurrent.futures.process.BrokenProcessPool as error:
         if not stop.is_set():  # else it was a SIGTERM to all processes at once
             raise RunError(

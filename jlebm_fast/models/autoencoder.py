@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .latent_vae import LatentVAE
 from .learning import Batch, LearningStep
-from .mixture import MixturePrior
+from .mixture import MixturePrior, require_enough
 from .model import LatentModel, ModelConfig
 from .nce import ContrastivePrior
 from .second_stage import SecondStagePrior
@@ -28,6 +28,8 @@ class Autoencoder(LatentModel):
 
     def __init__(self, config: ModelConfig, image_size: int, image_channels: int, n_images: int = 0) -> None:
         super().__init__(config, image_size, image_channels, n_images)
+        if config.prior == "gmm" and n_images:  # known only to a run; its fit is the last step of all
+            require_enough(n_images, config.mixture_components)
         self.second = None
 
     def build_second(self) -> SecondStagePrior | None:
@@ -73,6 +75,15 @@ class Autoencoder(LatentModel):
     @property
     def has_prior_chain(self) -> bool:
         return super().has_prior_chain or hasattr(self.second, "chain")
+
+    @property
+    def samples_by_chain(self) -> bool:
+        return self.has_prior_chain and (self.second is None or self.config.nce_sampler == "chain")
+
+    def chain_start(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        if self.second is None:
+            return super().chain_start(n, generator)
+        return list(self.second.chain_start(n, generator).split(self.latent_dims, dim=1))
 
     @property
     def prior_name(self) -> str:

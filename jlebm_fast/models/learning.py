@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from jlebm_fast.functional import langevin_noise
-
-INITIAL_Z = 1  # stream of the noise field: csrc/README.md, "the noise contract"
+from jlebm_fast.rng import INITIAL_Z
 
 
 class NonFiniteLoss(ArithmeticError):

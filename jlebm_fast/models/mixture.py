@@ -14,6 +14,20 @@ from .second_stage import SecondStagePrior
 FIT_ON_AT_MOST = 20_000  # latents: full covariances of a few dozen dims need no more
 
 
+def require_enough(n_images: int, components: int) -> None:
+    """
+    Raises:
+        ValueError: there are more components than latents to fit them to.
+    """
+    usable = min(n_images, FIT_ON_AT_MOST)
+    if components > usable:
+        limit = "" if usable == n_images else f" (it is fitted to at most {FIT_ON_AT_MOST})"
+        raise ValueError(
+            f"a mixture of {components} components needs at least as many training images, got {n_images}{limit}: "
+            f"--mixture-components must be at most {usable}"
+        )
+
+
 class MixturePrior(SecondStagePrior):
     """p(z) = Σ π_k N(z; m_k, C_k) with full covariances, by expectation-maximisation in one learning step.
 
@@ -43,8 +57,7 @@ class MixturePrior(SecondStagePrior):
         rows = torch.randperm(len(latents), generator=torch.Generator().manual_seed(step.noise_key("mixture") >> 1))
         latents = latents[rows[:FIT_ON_AT_MOST]]
         components = len(self.weights)
-        if len(latents) < components:
-            raise ValueError(f"a mixture of {components} components needs as many training images: {len(latents)}")
+        require_enough(len(latents), components)
         fit = GaussianMixture(components, covariance_type="full", random_state=0, reg_covar=1e-5, max_iter=200)
         fit.fit(latents.numpy())
         covariances = torch.from_numpy(fit.covariances_)

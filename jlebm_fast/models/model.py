@@ -145,6 +145,15 @@ class LatentModel(nn.Module):
         return self.energy is not None
 
     @property
+    def samples_by_chain(self) -> bool:
+        """Whether `sample_prior` runs that chain, and so reads `n_steps`."""
+        return self.has_prior_chain
+
+    def chain_start(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Where `sample_prior(n, generator)` starts its chains: L tensors [n, d_i]."""
+        return self.standard_normal(n, generator)
+
+    @property
     def prior_name(self) -> str:
         """p(z) in words, for figures."""
         return "energy prior" if self.energy is not None else "N(0, I)"

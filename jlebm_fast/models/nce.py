@@ -109,8 +109,7 @@ class ContrastivePrior(SecondStagePrior):
     def sample(self, n: int, generator: torch.Generator | None, n_steps: int | None) -> Tensor:
         device = self.classifiers[0].layers[0].weight.device
         if self.config.nce_sampler == "chain":
-            z0 = torch.randn(n, self.dim, generator=generator, device=device)
-            return self.chain(n_steps).sample(z0, generator=generator)
+            return self.chain(n_steps).sample(self.chain_start(n, generator), generator=generator)
         pieces = []
         for start in range(0, n, PIECE):
             rows = min(PIECE, n - start)
@@ -119,6 +118,10 @@ class ContrastivePrior(SecondStagePrior):
             chosen = torch.multinomial(weights, 1, generator=generator)[:, 0]
             pieces.append(z.view(rows, PROPOSALS, self.dim)[torch.arange(rows, device=device), chosen])
         return torch.cat(pieces) if pieces else torch.empty(0, self.dim, device=device)
+
+    def chain_start(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """Where the chains of `sample` start: z ~ N(0, I), [n, dim]."""
+        return torch.randn(n, self.dim, generator=generator, device=self.classifiers[0].layers[0].weight.device)
 
     def log_density(self, z: Tensor) -> Tensor:
         return self(z) + standard_normal_log_density([z])

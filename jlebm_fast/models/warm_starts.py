@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from jlebm_fast.checks import describe
 from jlebm_fast.functional import langevin_noise
-
-from .learning import INITIAL_Z
+from jlebm_fast.rng import INITIAL_Z
 
 
 class WarmStarts(nn.Module):

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from jlebm_fast.functional import langevin_noise
 from jlebm_fast.models import LearningStep
+from jlebm_fast.rng import INITIAL_Z
 
 from .errors import CheckpointError
-
-INITIAL_Z = 1  # stream of the noise field: csrc/README.md, "the noise contract"
 
 
 class PersistentChains:

@@ -103,13 +103,15 @@ class Figures(_Seeded):
     """Run folder."""
     seed: int = 0
     """Of the samples that are drawn."""
+    data: str | None = None
+    """Where the run's images are now, if not where they were; they must be the same."""
     device: Device = "auto"
     """auto takes a GPU if there is one."""
 
     def execute(self) -> int:
         from .figures import make_figures
 
-        _print_paths(make_figures(self.run, seed=self.seed, device=self.device))
+        _print_paths(make_figures(self.run, seed=self.seed, data=self.data, device=self.device))
         return 0
 
 
@@ -131,14 +133,21 @@ class Evaluate(_Seeded):
     """Also measure the FID: the Inception net as torch-fidelity distributes it, weights-inception-2015-12-05-….pth."""
     long_steps: int = 2000
     """Langevin steps of the long chains."""
+    data: str | None = None
+    """Where the run's images are now, if not where they were; they must be the same."""
     device: Device = "auto"
     """auto takes a GPU if there is one."""
 
     def execute(self) -> int:
-        from .evaluation import evaluate, table
+        from .evaluation import NotWritten, evaluate, table
 
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        print(table(evaluate(**options)))
+        try:
+            result = evaluate(**options)
+        except NotWritten as error:
+            print(table(error.result))  # minutes of work
+            raise
+        print(table(result))
         folder = RunFolder(self.run)
         _print_paths([folder.evaluation, *sorted(folder.figures.glob("evaluation_*.png"))])
         return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +17,26 @@ from jlebm_fast.models import LatentModel
 from .diagnostics import LONG_STEPS, Histogram, bias, energy_of, mixing
 from .errors import ImageError, RunError
 from .figures import DPI, save_figure
-from .files import write_atomically
-from .frechet import frechet_to_held_out
+from .files import require_writable, write_atomically
+from .frechet import NonFiniteFeatures, frechet_to_held_out
 from .inception import inception_fid, require_inception
 from .run_folder import RunFolder, open_run
-from .sources import Images, load_images, to_network, to_pixels
+from .samples import DECODED_AT_ONCE, DivergedSamples, decoded_pixels, drawn_prior
+from .sources import Images, load_images, to_network
 
 CURVES_SHOWN = 32
 ENERGY_IMAGES = 2000  # held-out images whose latents' energies are shown
+
+
+class NotWritten(RunError):
+    """An evaluation is done and could not be written.
+
+    result   what `evaluate` would have returned
+    """
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def evaluate(
@@ -33,6 +47,7 @@ def evaluate(
     frechet: bool = True,
     inception_weights: pathlib.Path | None = None,
     long_steps: int = LONG_STEPS,
+    data: str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Measures a trained run; writes RUN/evaluation.json and the figures RUN/figures/evaluation_*.png.
@@ -44,14 +59,16 @@ def evaluate(
         frechet: measure the Fréchet distance, which needs class labels.
         inception_weights: file of the Inception net for the FID; None leaves the FID out, and says so.
         long_steps: Langevin steps of the long chains.
+        data: where the run's images are now; None is where they were.
 
     Returns:
         n, n_held_out, reconstruction_mse (per pixel, pixels in [-1, 1]), those of `frechet_to_held_out`, fid, and for a
         model whose prior has a chain: mixing, bias (see diagnostics.py), energy_histogram.
 
     Raises:
-        RunError: there is no trained run, its images are others now, have no labels or are too few, `n` is below 2, or
-            the Inception net is missing.
+        RunError: there is no trained run, its images are others now, have no labels or are too few, `n` is below 2, the
+            Inception net is missing, the run's folder cannot be written, or prior chains left the finite numbers.
+        NotWritten: the folder could be written before the work and cannot after it.
     """
     if n < 2:
         raise RunError(f"evaluation needs at least 2 samples, got {n}")
@@ -60,7 +77,10 @@ def evaluate(
     if inception_weights is not None:
         require_inception(inception_weights)
     folder, config, model = open_run(run, device)
-    images = load_images(config.options.data, config.image_size)
+    for place in (folder.path, folder.figures):
+        if place.exists():
+            require_writable(place)
+    images = load_images(data or config.options.data, config.image_size)
     folder.require_same_images(config, images)
     if frechet:
         try:
@@ -72,17 +92,28 @@ def evaluate(
             ) from error
     generator = torch.Generator(model.device).manual_seed(seed)
     result: dict[str, Any] = {"n": n, "n_held_out": len(images.held_out)}
-    samples = to_pixels(model.decode(model.sample_prior(n, generator)))
+    samples = decoded_pixels(model, drawn_prior(model, n, generator))
     if frechet:
         normal = None
         if model.has_prior_chain:
-            normal = to_pixels(model.decode(model.standard_normal(n, generator)))
+            normal = decoded_pixels(model, model.standard_normal(n, generator))
         result |= frechet_to_held_out(images, samples, normal, model.device)
     result["fid"] = _fid(samples, images, inception_weights, model.device)
     result["reconstruction_mse"] = _reconstruction_error(model, images, generator)
+    draw: Callable[[], None] | None = None
     if model.has_prior_chain:
-        result |= _prior_chain(folder, model, images, generator, long_steps)
-    write_atomically(folder.evaluation, (json.dumps(result, indent=2) + "\n").encode())
+        measured, draw = _prior_chain(folder, model, images, generator, long_steps)
+        result |= measured
+    try:
+        write_atomically(folder.evaluation, (json.dumps(result, indent=2) + "\n").encode())
+        if draw is not None:
+            draw()
+    except OSError as error:
+        raise NotWritten(
+            f'the evaluation is done, but "{error.filename or folder.path}" cannot be written: '
+            f"{error.strerror or error}",
+            result,
+        ) from error
     return result
 
 
@@ -121,16 +152,42 @@ def _fid(samples: Tensor, images: Images, weights: pathlib.Path | None, device: 
 
 
 def _reconstruction_error(model: LatentModel, images: Images, generator: torch.Generator) -> float:
-    truth = to_network(images.held_out, model.device)
-    return (model.reconstruct(truth, generator) - truth).square().mean().item()
+    total = 0.0
+    for piece in images.held_out.split(DECODED_AT_ONCE):
+        truth = to_network(piece, model.device)
+        total += (model.reconstruct(truth, generator) - truth).square().sum(dtype=torch.float64).item()
+    if not math.isfinite(total):
+        raise DivergedSamples(
+            "reconstructions of held-out images are not finite: the posterior chain or the generator diverged; train "
+            "another run with a smaller --posterior-step-size or --autoencoder-lr"
+        )
+    return total / images.held_out.numel()
 
 
 def _prior_chain(
     folder: RunFolder, model: LatentModel, images: Images, generator: torch.Generator, n_steps: int
-) -> dict[str, Any]:
-    """Mixing, bias and energies of the prior chain, and their figures."""
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Mixing, bias and energies of the prior chain, and what draws their figures.
+
+    Raises:
+        DivergedSamples: long chains left the finite numbers.
+    """
+    long_chain_remedy = "pass fewer --long-steps, or train another run with a --step-size smaller than "
+    long_chain_remedy += f"{model.config.step_size:g}"
     mixed, curves = mixing(model, generator, n_steps)
-    biased, ends = bias(model, generator, n_steps)
+    bad = ~torch.isfinite(curves)
+    if bad.any():
+        first = (int(bad.any(dim=1).nonzero()[0]) + 1) * mixed["draw_every"]
+        raise DivergedSamples(
+            f"{int(bad.any(dim=0).sum())} of {bad.shape[1]} long prior chains are not finite, from Langevin step "
+            f"{first} of {n_steps} on: {long_chain_remedy}"
+        )
+    try:
+        biased, ends = bias(model, generator, n_steps)
+    except NonFiniteFeatures as error:
+        raise DivergedSamples(
+            f"prior chains of {n_steps} steps are not finite at their ends ({error}): {long_chain_remedy}"
+        ) from error
     shown = to_network(images.held_out[:ENERGY_IMAGES], model.device)
     chain = model.prior_chain()
     energies = {
@@ -140,13 +197,13 @@ def _prior_chain(
         "N(0, I)": energy_of(chain, model.standard_normal(len(ends["mala"]), generator)),
     }
     histogram = Histogram.of(energies)
-    _draw_energies(folder, histogram)
-    _draw_chains(folder, curves, ends, n_steps, mixed)
-    return {
-        "mixing": mixed,
-        "bias": biased,
-        "energy_histogram": {"edges": histogram.edges, "counts": histogram.counts},
-    }
+
+    def draw() -> None:
+        _draw_energies(folder, histogram)
+        _draw_chains(folder, curves, ends, n_steps, mixed)
+
+    counted = {"edges": histogram.edges, "counts": histogram.counts}
+    return {"mixing": mixed, "bias": biased, "energy_histogram": counted}, draw
 
 
 def _draw_energies(folder: RunFolder, histogram: Histogram) -> None:

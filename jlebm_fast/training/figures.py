@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import math
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -16,7 +21,8 @@ from jlebm_fast.models import LatentModel
 
 from .files import whole_file
 from .run_folder import RunConfig, RunFolder, open_run
-from .sources import load_images, to_network, to_pixels
+from .samples import decoded_pixels, drawn_prior, tile
+from .sources import load_images, to_network
 
 GRID = 10  # images a side of a panel of samples
 DPI = 110
@@ -35,18 +41,6 @@ class Panel(NamedTuple):
     title: str
     images: Tensor
     columns: int
-
-
-def tile(images: Tensor, columns: int) -> np.ndarray:
-    """One picture of many images, row by row, a grey pixel between them: [height, width] or [height, width, 3]."""
-    n, channels, height, width = images.shape
-    rows = -(-n // columns)
-    canvas = torch.full((channels, rows * (height + 1) + 1, columns * (width + 1) + 1), 128, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
-        canvas[:, top : top + height, left : left + width] = image
-    picture = canvas.permute(1, 2, 0).numpy()
-    return picture[:, :, 0] if channels == 1 else picture
 
 
 def draw_panels(path: pathlib.Path, panels: Sequence[Panel], panels_per_row: int, title: str = "") -> None:
@@ -76,18 +70,25 @@ def save_figure(figure: Figure, path: pathlib.Path) -> None:
 
 
 def make_figures(
-    run: pathlib.Path | str, *, seed: int = 0, device: str = "auto", check_images: bool = True
+    run: pathlib.Path | str,
+    *,
+    seed: int = 0,
+    data: str | None = None,
+    device: str = "auto",
+    check_images: bool = True,
 ) -> list[pathlib.Path]:
     """Draws every figure of a run that its model allows into RUN/figures.
 
     Arguments:
+        data: where the run's images are now; None is where they were.
         check_images: read all images and require that they are those of the run; False reads only the held-out ones.
 
     Raises:
-        RunError: there is no trained run, or its images can no longer be read, or are others.
+        RunError: there is no trained run, its images can no longer be read or are others, or prior chains left the
+            finite numbers.
     """
     folder, config, model = open_run(run, device)
-    images = load_images(config.options.data, config.image_size, held_out_only=not check_images)
+    images = load_images(data or config.options.data, config.image_size, held_out_only=not check_images)
     if check_images:
         folder.require_same_images(config, images)
     held_out = images.held_out
@@ -122,18 +123,17 @@ class Sketch(NamedTuple):
         return (self.into or self.folder.figures) / f"{self.prefix}{name}.png"
 
     def decode(self, zs: list[Tensor]) -> Tensor:
-        return to_pixels(self.model.decode(zs))
+        return decoded_pixels(self.model, zs)
+
+    def sample_prior(self, n: int) -> list[Tensor]:
+        return drawn_prior(self.model, n, self.generator)
 
 
 def draw_samples(sketch: Sketch) -> pathlib.Path:
     """Held-out images, the prior's samples, and N(0, I) through the same generator."""
     n = GRID**2
     panels = [Panel("held-out images", sketch.held_out[:n], GRID)]
-    panels.append(
-        Panel(
-            f"samples: {sketch.model.prior_name}", sketch.decode(sketch.model.sample_prior(n, sketch.generator)), GRID
-        )
-    )
+    panels.append(Panel(f"samples: {sketch.model.prior_name}", sketch.decode(sketch.sample_prior(n)), GRID))
     if sketch.model.has_prior_chain:
         z0 = sketch.model.standard_normal(n, sketch.generator)
         panels.append(Panel("same generator, z ~ N(0, I)", sketch.decode(z0), GRID))
@@ -146,7 +146,7 @@ def draw_reconstructions(sketch: Sketch) -> pathlib.Path:
     n = GRID**2
     images = sketch.held_out[:n]
     device = next(sketch.model.parameters()).device
-    reconstructions = to_pixels(sketch.model.reconstruct(to_network(images, device)))
+    reconstructions = sketch.decode(sketch.model.encode(to_network(images, device)))
     panels = [Panel("held-out images", images, GRID), Panel("reconstructions", reconstructions, GRID)]
     draw_panels(sketch.path("reconstructions"), panels, 2)
     return sketch.path("reconstructions")
@@ -158,7 +158,7 @@ def _layer_panels(sketch: Sketch, resample: Callable[[int, list[Tensor]], list[T
     resample(layer, zs) returns zs with layer `layer` drawn anew.
     """
     rows, columns = 6, 9
-    base = sketch.model.sample_prior(rows, sketch.generator)
+    base = sketch.sample_prior(rows)
     repeated = [z.repeat_interleave(columns, dim=0) for z in base]
     n_layers, panels = len(base), []
     for layer in reversed(range(n_layers)):
@@ -175,7 +175,7 @@ def draw_layers_swapped(sketch: Sketch) -> pathlib.Path:
     """Hierarchical sampling by swapping: one layer comes from other joint samples."""
 
     def swap(layer: int, zs: list[Tensor]) -> list[Tensor]:
-        other = sketch.model.sample_prior(len(zs[0]), sketch.generator)
+        other = sketch.sample_prior(len(zs[0]))
         return [other[i] if i == layer else z.clone() for i, z in enumerate(zs)]
 
     title = "first column: joint samples; the others: one layer swapped in from other joint samples"
@@ -200,17 +200,18 @@ def draw_layers_masked(sketch: Sketch) -> pathlib.Path:
 
 
 def draw_traverse(sketch: Sketch) -> pathlib.Path:
-    """Each latent dim of one joint sample moved from -3 to 3, the others fixed."""
-    base = sketch.model.sample_prior(1, sketch.generator)
+    """Each latent dim of one joint sample, of wide layers the first ones, moved from -3 to 3, the others fixed."""
+    base = sketch.sample_prior(1)
     values = TRAVERSE.to(base[0].device)
     panels = []
     for layer in reversed(range(len(base))):
-        blocks = []
-        for dim in range(min(base[layer].shape[1], GRID)):
+        blocks, n_dims = [], base[layer].shape[1]
+        shown = f", first {GRID} of {n_dims}" if n_dims > GRID else ""
+        for dim in range(min(n_dims, GRID)):
             zs = [z.repeat(len(values), 1) for z in base]
             zs[layer][:, dim] = values
             blocks.append(sketch.decode(zs))
-        panels.append(Panel(f"layer {layer + 1}: a row per dim, -3 to 3", torch.cat(blocks), len(values)))
+        panels.append(Panel(f"layer {layer + 1}: a row per dim{shown}, -3 to 3", torch.cat(blocks), len(values)))
     draw_panels(sketch.path("traverse"), panels, min(len(panels), 3))
     return sketch.path("traverse")
 
@@ -227,7 +228,10 @@ def draw_long_chain(sketch: Sketch) -> pathlib.Path:
     shown = info.trajectory[every - 1 :: every, :n_shown]  # [images, chains, dim]
     first = torch.cat([z[:n_shown] for z in z0], dim=1)[None]
     shown = torch.cat([first, shown]).transpose(0, 1).reshape(-1, shown.shape[-1])
-    images = sketch.decode(list(shown.split(sketch.model.latent_dims, dim=1)))
+    finite = torch.isfinite(shown).all(dim=1)
+    decoded = sketch.decode(list(shown[finite].split(sketch.model.latent_dims, dim=1)))
+    images = torch.full((len(shown), *decoded.shape[1:]), 128, dtype=torch.uint8)  # grey where a chain diverged
+    images[finite.cpu()] = decoded
 
     figure = Figure(figsize=(12, 7), dpi=DPI, layout="constrained")
     curve, grid = figure.subplots(2, 1, height_ratios=(1, 1.2))
@@ -238,6 +242,13 @@ def draw_long_chain(sketch: Sketch) -> pathlib.Path:
     curve.axvline(sketch.config.options.chain_steps, color="gray", linestyle=":", label="length in training")
     curve.set(xlabel="Langevin step", ylabel="f(z)", xlim=(0, LONG_CHAIN_STEPS))
     curve.legend(loc="lower right")
+    bad = info.first_bad_step[info.first_bad_step >= 0]
+    if len(bad):
+        words = (
+            f"{len(bad)} of {n_chains} chains left the finite numbers, the first at Langevin step {int(bad.min()) + 1}"
+        )
+        curve.set_title(words, fontsize=10)
+        print(f"jlebm: long_chain.png: {words}", file=sys.stderr)
     grid.imshow(tile(images, len(images) // n_shown), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     grid.set_title(f"{n_shown} of these chains: z ~ N(0, I), then every {IMAGE_EVERY} steps", fontsize=10)
     grid.axis("off")
@@ -246,8 +257,12 @@ def draw_long_chain(sketch: Sketch) -> pathlib.Path:
 
 
 def draw_learning(sketch: Sketch) -> pathlib.Path:
-    """The curves of metrics.jsonl."""
+    """The curves of metrics.jsonl, broken where a stage of the model's learning ended: the losses of the next are of
+    another kind."""
     lines = sketch.folder.read_metrics()
+    options = sketch.config.options
+    first_stage = options.total_steps(sketch.config.n_images // options.batch_size)
+    stage_ends = list(itertools.accumulate(sketch.model.stages(first_stage)))[:-1]
     names = list(dict.fromkeys(name for line in lines for name in line))  # stages have metrics of their own
     names = [name for name in names if name not in ("step", "epoch", "steps_per_second")]
     groups = [[name] for name in names if not name.startswith("energy_")]
@@ -256,9 +271,21 @@ def draw_learning(sketch: Sketch) -> pathlib.Path:
     figure = Figure(figsize=(12, 3), dpi=DPI, layout="constrained")
     for axis, group in zip(figure.subplots(1, max(len(groups), 1), squeeze=False)[0], groups, strict=False):
         for name in group:
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            axis.plot(*zip(*points, strict=True), label=name)
+            _plot_by_stages(axis, [(line["step"], line[name]) for line in lines if name in line], stage_ends, name)
+        for end in stage_ends:
+            axis.axvline(end, color="gray", linestyle=":")
         axis.set_xlabel("step")
         axis.legend()
     save_figure(figure, sketch.path("learning"))
     return sketch.path("learning")
+
+
+def _plot_by_stages(axis: Axes, points: list[tuple[int, float]], stage_ends: Sequence[int], name: str) -> None:
+    """One curve, interrupted after each stage; a point without neighbours, which no line reaches, gets a marker."""
+    stages = [
+        list(found) for _, found in itertools.groupby(points, lambda point: bisect.bisect_left(stage_ends, point[0]))
+    ]
+    alone = {found[0] for found in stages if len(found) == 1}
+    drawn = list(itertools.chain.from_iterable([*found, (found[-1][0], math.nan)] for found in stages))
+    marked = [i for i, point in enumerate(drawn) if point in alone]
+    axis.plot(*zip(*drawn, strict=True), label=name, marker="o", markersize=4, markevery=marked)

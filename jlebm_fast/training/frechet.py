@@ -56,6 +56,10 @@ def _in_batches(function: Any, images: Tensor, device: torch.device) -> Tensor:
     return torch.cat([function(to_network(piece, device)).cpu() for piece in images.split(1000)])
 
 
+class NonFiniteFeatures(ValueError):
+    """Features that are NaN or infinite have no mean and no covariance."""
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of the Gaussians fitted to two sets of features.
 
@@ -69,6 +73,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     Raises:
         ValueError: a set has fewer than two rows, or the widths differ.
+        NonFiniteFeatures: a row is not finite.
 
     Example:
         >>> a = torch.tensor([[0.0], [2.0]])
@@ -80,6 +85,11 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"a and b must be [n, d] and [m, d] with n, m >= 2, got {list(a.shape)} and {list(b.shape)}")
+    bad = [len(rows) - int(torch.isfinite(rows).all(dim=1).sum()) for rows in (a, b)]
+    if any(bad):
+        raise NonFiniteFeatures(
+            f"a and b must be finite, got {bad[0]} of {len(a)} and {bad[1]} of {len(b)} rows that are not"
+        )
     a, b = a.double(), b.double()
     covariance_a, covariance_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
     values, vectors = torch.linalg.eigh(covariance_a)

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from jlebm_fast.models import NonFiniteLoss
+from jlebm_fast.models import NonFiniteLoss, used_fields
 
 from .checkpoints import save_checkpoint
 from .distributed import Ranks, joined_ranks, local_device
@@ -29,7 +30,14 @@ from .trainer import Trainer
 
 
 class Stopped(RunError):
-    """The user or the system asked the run to stop; its state is in the checkpoint."""
+    """The user or the system asked the run to stop; its state is in the checkpoint.
+
+    exit_code   of the command line: 128 and the number of the signal
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message, shared=True)
+        self.exit_code = 128 + number
 
 
 def train(
@@ -52,6 +60,8 @@ def train(
     folder = RunFolder(pathlib.Path(run))
     with joined_ranks(local_device(pick_device(options.device))) as ranks, contextlib.ExitStack() as stack:
         trainer, config = _prepared(folder, options, ranks, resume=resume, overwrite=overwrite)
+        if ranks.is_first:
+            print(trainer.images.summary, flush=True)
         metrics = stack.enter_context(_opened(folder, ranks, may_exist=resume or overwrite))
         metrics_bytes = _restored(trainer, ranks) if resume else 0
         if ranks.is_first:
@@ -77,6 +87,12 @@ def _require_no_run(folder: RunFolder) -> None:
             f'"{folder.path}" already holds a run: pass --resume to go on with it, --overwrite to replace it, '
             "or another folder"
         )
+    left = folder.parts_of_a_run()
+    if left:
+        raise RunError(
+            f'"{folder.path}" holds {" and ".join(left)} of a run whose {folder.config.name} is missing: put that back '
+            "and pass --resume to go on with it, --overwrite to replace the run, or another folder"
+        )
 
 
 def _prepared(
@@ -95,7 +111,7 @@ def _prepared(
         images = load_images(options.data, options.image_size or None)
         config = _config(options, images)
         if saved is not None:
-            folder.require_same_images(saved, images)
+            folder.require_same_images(saved, images, in_order=True)
         ranks.rows(options.batch_size)
         said = {"--" + name.replace("_", "-"): value for name, value in dataclasses.asdict(options).items()}
         said |= {"--resume": resume, "a fingerprint of the images": config.image_fingerprint}
@@ -140,7 +156,7 @@ def _begin(trainer: Trainer, config: RunConfig, *, resume: bool) -> None:
     """Takes away what will not be true of the run any more, and writes its configuration."""
     folder = trainer.folder
     if not resume:
-        if folder.config.exists():
+        if folder.config.exists() or folder.parts_of_a_run():
             folder.remove_products()
         folder.checkpoint.unlink(missing_ok=True)
     elif trainer.step < trainer.total_steps:
@@ -228,7 +244,8 @@ def _run(trainer: Trainer, metrics: Any, stop_requested: list[int]) -> None:
                 stop = _stop_agreed(ranks, stop_requested)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
                 bar.update()
-                if trainer.step % options.log_every == 0 or trainer.step == total:
+                # a line at the end of each stage: none has the mean of losses that are not of one kind
+                if trainer.step % options.log_every == 0 or trainer.step in trainer.stage_ends:
                     now = time.perf_counter()
                     rate = (trainer.step - since_step) / (now - since)
                     with writing():
@@ -238,15 +255,39 @@ def _run(trainer: Trainer, metrics: Any, stop_requested: list[int]) -> None:
                 if trainer.step % options.checkpoint_every == 0 or trainer.step == total or stop:
                     checkpoint()
                 if stop and trainer.step < total:
+                    number = next(number for asked in ranks.everyone(stop_requested[:1]) for number in asked)
                     raise Stopped(
-                        f"stopped after step {trainer.step}; jlebm train {folder.path} --resume goes on", shared=True
+                        f"stopped after step {trainer.step}; jlebm train {folder.path} --resume goes on", number
                     )
     except NonFiniteLoss as error:
         raise RunError(
             f"training diverged at step {trainer.step + 1}: {error}; the last good checkpoint is kept in "
-            f'"{folder.checkpoint}" (a run begun anew with a smaller --energy-lr or --autoencoder-lr usually helps)',
+            f'"{folder.checkpoint}" (a run begun anew with {_remedy(options, trainer.step, str(error))} usually helps)',
             shared=True,
         ) from error
+
+
+def _remedy(options: TrainOptions, step: int, reason: str) -> str:
+    """The options that a divergence after `step` whole steps can come from; in the first step no rate has acted yet."""
+    used = used_fields(options.model, options.resolved_prior)
+    remedies = {
+        "prior": ["a smaller --step-size", "fewer --chain-steps"] if "chain_steps" in used else [],
+        "posterior": ["a smaller --posterior-step-size", "fewer --posterior-steps"]
+        if "posterior_steps" in used
+        else [],
+    }
+    rates = {
+        "prior": ["a smaller --energy-lr"] if "energy_hidden" in used else [],
+        "posterior": ["a smaller --autoencoder-lr"],
+    }
+    chain = re.search(r"because the (prior|posterior) chain left", reason)
+    if chain is not None:
+        found = remedies[chain[1]] + (rates[chain[1]] if step else [])
+    elif step:
+        found = rates["prior"] + rates["posterior"]
+    else:
+        found = [*remedies["prior"], *remedies["posterior"], "a smaller --reconstruction-weight"]
+    return " or ".join([", ".join(found[:-1]), found[-1]]) if len(found) > 1 else found[0]
 
 
 def _stop_agreed(ranks: Ranks, stop_requested: list[int]) -> bool:

@@ -9,8 +9,9 @@ from jlebm_fast.models import MODELS, LearningRates, ModelConfig, resolve_prior,
 
 from .errors import RunError
 
-# Options that may change when a run goes on: they move its end, or what it writes when, but none of its numbers.
-RESUMABLE_CHANGES = {"steps", "epochs", "log_every", "checkpoint_every"}
+# Options that may change when a run goes on: they move its end, what it writes when, or where it reads and computes.
+# That --data leads to the same images is seen from their fingerprint. Another device has other roundings.
+RESUMABLE_CHANGES = {"steps", "epochs", "log_every", "checkpoint_every", "data", "device"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +20,11 @@ class TrainOptions:
 
     data: str = "digits"
     """Images: digits (bundled with scikit-learn), mnist, fashion_mnist, svhn, cifar10, celeba (downloaded), or the path
-    of a Parquet file or of a folder with Parquet files or images."""
+    of a Parquet file or of a folder with Parquet files or images; docs/training.md says how folders are read."""
 
     image_size: int = 0
-    """Pixels a side, a power of two; 0 takes the smallest of 16, 32, 64 that holds the images."""
+    """Pixels a side, a power of two; 0 takes the smallest of 16, 32, 64 that holds the images, and shrinks larger ones
+    to 64."""
 
     latent_dims: tuple[int, ...] = ModelConfig.latent_dims
     """Dims of each latent layer, bottom (fine detail) to top (global form)."""
@@ -120,7 +122,7 @@ class TrainOptions:
 
     ema_decay: float = 0.0
     """Decay per step of an exponential moving average of the parameters, which is then what the run samples from
-    (0.999 remembers about 1,000 steps); 0 for none."""
+    (0.999 remembers about 1,000 steps); min(decay, (1 + t) / (10 + t)) after t steps; 0 for none."""
 
     chains: Literal["short-run", "persistent"] = "short-run"
     """Where the prior chains of a learning step start. short-run: at N(0, I). persistent: where earlier ones ended."""

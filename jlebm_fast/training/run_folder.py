@@ -80,6 +80,13 @@ class RunFolder:
     def samples(self) -> pathlib.Path:
         return self.path / "samples"
 
+    def parts_of_a_run(self) -> list[str]:
+        """Names of the files here that only training writes and cannot be had again; without those of configuration
+        and products."""
+        metrics = self.metrics.is_file() and self.metrics.stat().st_size > 0  # an empty one is made to be locked
+        return [path.name for path, is_there in ((self.checkpoint, self.checkpoint.exists()), (self.metrics, metrics))
+                if is_there]  # fmt: skip
+
     def open_metrics(self) -> BinaryIO:
         """metrics.jsonl to append to, locked against other processes until it is closed or this process ends.
 
@@ -104,8 +111,7 @@ class RunFolder:
         self.remove_evaluation()
         self._remove(self.figures, [f"{name}.png" for name in FIGURES])
         pngs = self.samples / "png"
-        names = [path.name for path in pngs.iterdir()] if pngs.is_dir() else []
-        self._remove(pngs, [name for name in names if re.fullmatch(r"[0-9]{6,}\.png", name)])
+        self._remove(pngs, [path.name for path in numbered_pngs(pngs)])
         self._remove(self.samples, ["samples.npz", "samples.png"])
 
     @staticmethod
@@ -119,16 +125,15 @@ class RunFolder:
         if not any(folder.iterdir()):
             folder.rmdir()
 
-    def require_same_images(self, config: RunConfig, images: Images) -> None:
+    def require_same_images(self, config: RunConfig, images: Images, *, in_order: bool = False) -> None:
         """
+        Arguments:
+            in_order: their order matters too, since training goes on.
+
         Raises:
             RunError: these are not the images that the run was trained on.
         """
-        if images.fingerprint() != config.image_fingerprint:
-            raise RunError(
-                f'the images of "{images.name}" are not those that "{self.path}" was trained on: put them back as they '
-                "were, or train another run"
-            )
+        images.require_fingerprint(config.image_fingerprint, self.path, in_order=in_order)
 
     def write_config(self, config: RunConfig) -> None:
         content = {"format": FORMAT, "model": config.options.model, **dataclasses.asdict(config)}
@@ -158,10 +163,12 @@ class RunFolder:
             require_fields({"model": model}, {"model": str})
             require_fields({"options": options}, {"options": dict})
             options = options | {"model": model}
+            _require_known("options.", options, TrainOptions)
             require_fields(options, TrainOptions, "options.")
             options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
             kinds = {"image_size": IMAGE_SIZES, "image_channels": IMAGE_CHANNELS, "n_images": int}
             kinds["image_fingerprint"] = str
+            _require_known("", content, RunConfig)
             require_fields({name: content.get(name) for name in kinds}, kinds)
             return RunConfig(options=TrainOptions(**options), **content)
         except (TypeError, RunError) as error:
@@ -217,6 +224,22 @@ class RunFolder:
             f'line {number} of "{self.metrics}" is damaged: it must be a JSON object with a step, got {line[:40]!r}; '
             "put the file back as it was, or delete that line"
         )
+
+
+def _require_known(prefix: str, values: dict[str, Any], kind: type) -> None:
+    """
+    Raises:
+        RunError: a name is none of the fields of the dataclass `kind`.
+    """
+    unknown = [name for name in values if name not in {field.name for field in dataclasses.fields(kind)}]
+    if unknown:
+        raise RunError(f"{prefix}{unknown[0]} is unknown to it")
+
+
+def numbered_pngs(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that `jlebm sample --png-files` wrote into `folder`: 000000.png, 000001.png, …"""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if re.fullmatch(r"[0-9]{6,}\.png", path.name) and not path.is_dir())
 
 
 def locked(file: IO[Any]) -> bool:

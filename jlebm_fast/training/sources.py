@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from .decoding import decode_images
 from .errors import ImageError
+from .splits import Chosen, Parts, chosen, split_images, split_tables, split_word, walk
+from .tables import Encoded, Found, first_line, read_parquet, rows
 
 # Name on the command line: (repository on the hub, configuration, column of class labels)
 HUB_SOURCES = {
@@ -24,18 +27,22 @@ HUB_SOURCES = {
     "celeba": ("flwrlabs/celeba", None, None),
 }
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
-HELD_OUT_SPLITS = ("test", "validation", "valid", "val")
 HELD_OUT_FRACTION = 0.1  # of a source that comes without a held-out split
+ORDER_SEED = 1  # of `source_order`
 MAX_CLASSES = 100_000  # a label beyond is some other number: a classifier of so many classes fills the memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Training and held-out images of one size.
+    """Training and held-out images of one size, each in the order of `source_order`: any first n are a fair sample.
 
     name              what the user asked for
     train, held_out   uint8 [n, channels, size, size]
     train_labels, held_out_labels   int64 [n], or None where the source has no class labels
+    columns           of the tables that they were read from; empty where there were none
+    split_off         the source had no held-out images: they are a tenth of its training ones
+    resized           words on how they were brought to one size; empty where they had it
+    notes             what else `summary` tells: what was left out, and why there are no labels
     """
 
     name: str
@@ -43,6 +50,10 @@ class Images:
     held_out: Tensor
     train_labels: Tensor | None
     held_out_labels: Tensor | None
+    columns: tuple[str, ...] = ()
+    split_off: bool = False
+    resized: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -52,6 +63,25 @@ class Images:
     def size(self) -> int:
         return self.train.shape[-1]
 
+    @property
+    def summary(self) -> str:
+        """One line on what was understood, for the user to see whether it was what they meant.
+
+        Example:
+            >>> print(load_images("digits").summary)  # doctest: +NORMALIZE_WHITESPACE
+            1617 training and 180 held-out images of 16 x 16 x 1 (enlarged from 8 x 8), held out from the training
+            images, 10 classes, from digits
+        """
+        counts = f"{len(self.train)} training and {len(self.held_out)} held-out images"
+        shape = f" of {self.size} x {self.size} x {self.channels}" + (f" ({self.resized})" if self.resized else "")
+        split = ", held out from the training images" if self.split_off else ""
+        if self.train_labels is None or self.held_out_labels is None:
+            classes = "no class labels"
+        else:
+            n = len(torch.cat([self.train_labels, self.held_out_labels]).unique())
+            classes = f"{n} class{'es' if n != 1 else ''}"
+        return "; ".join([f"{counts}{shape}{split}, {classes}, from {self.name}", *self.notes])
+
     def require_classes(self) -> None:
         """What a classifier needs to learn from these images, and a Fréchet distance in its features.
 
@@ -59,7 +89,10 @@ class Images:
             ImageError: an image has no class label, a label is no class number, or there is one image alone.
         """
         if self.train_labels is None or self.held_out_labels is None:
-            raise ImageError(f'"{self.name}" has no class labels, or not on every image')
+            seen = ""
+            if self.columns:
+                seen = f'; its columns are {", ".join(self.columns)}: give each image an integer in a column "label"'
+            raise ImageError(f'"{self.name}" has no class labels, or not on every image{seen}')
         largest = int(self.train_labels.max())
         if largest >= MAX_CLASSES:
             raise ImageError(
@@ -72,18 +105,43 @@ class Images:
                 )
 
     def fingerprint(self) -> str:
-        """Hash of the training images in their order; a resumed run must see the same."""
-        digest = hashlib.sha256(repr(tuple(self.train.shape)).encode())
-        digest.update(self.train.numpy())
-        return digest.hexdigest()[:16]
+        """Hash of the training images in their order, "-", and hash of held-out images and all labels.
 
+        A resumed run must see the same, and so must what measures a finished one.
+        """
+        return f"{_hash(self.train)}-{_hash(self.held_out, self.train_labels, self.held_out_labels)}"
 
-class Encoded(NamedTuple):
-    """One image before decoding: where it came from, its file or bytes or pixels, and its class or None."""
+    def require_fingerprint(self, fingerprint: str, run: object, *, in_order: bool) -> None:
+        """That these are the images of a run, by the fingerprint that its folder keeps.
 
-    origin: str
-    content: Any
-    label: int | None
+        Runs of versions that took images in the order of their source, without `source_order`, kept a hash of the
+        training images alone. Such a run can be measured and drawn, but not gone on with: its batches were others.
+
+        Arguments:
+            run: its folder, for the message.
+            in_order: the order of the training images matters, since training goes on.
+
+        Raises:
+            ImageError: the images are others, or of such an order.
+        """
+        if fingerprint == self.fingerprint():
+            return
+        was_of_source = "-" not in fingerprint and fingerprint == _hash(
+            self.train[source_order(len(self.train)).argsort()]
+        )
+        if was_of_source and not in_order:
+            return
+        if was_of_source:
+            raise ImageError(
+                f'"{run}" was begun by an earlier version of jlebm_fast, which took the images in another order: it '
+                "can be evaluated and drawn, but not gone on with; train another run, or go on with that version"
+            )
+        same_training = fingerprint.partition("-")[0] == _hash(self.train)
+        which = "held-out images or the labels" if same_training else "images"
+        raise ImageError(
+            f'the {which} of "{self.name}" are not those that "{run}" was trained on: put them back as they were, or '
+            "train another run"
+        )
 
 
 def to_network(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -96,14 +154,25 @@ def to_pixels(images: Tensor) -> Tensor:
     return images.detach().add(1.0).mul(127.5).round_().clamp_(0, 255).to("cpu", torch.uint8)
 
 
+def source_order(n: int) -> Tensor:
+    """Which of the n images of a source comes first, second, …: a permutation that depends on n alone.
+
+    Sources are often sorted by class; what takes the first few images of them would see the first classes only.
+    """
+    return torch.from_numpy(np.random.default_rng(ORDER_SEED).permutation(n))
+
+
 def load_images(source: str, image_size: int | None = None, *, held_out_only: bool = False) -> Images:
     """Reads a whole source into memory as uint8, one size for all images.
 
+    Training and held-out images come in the order of `source_order`, not in that of the source.
+
     Arguments:
         source: "digits", a name in `HUB_SOURCES`, or the path of a Parquet file, of a folder with Parquet files, or
-            of a folder with images (class subfolders become labels; subfolders "train" and "test" become the splits).
-            A label below 0 is none, as the hub has it.
-        image_size: pixels a side, a power of two; None takes the smallest of 16, 32, 64 that holds the images.
+            of a folder with images (class subfolders become labels). Files and folders with names of splits become
+            the splits (`splits.SPLIT_WORDS`); what is hidden is not read. A label below 0 is none, as the hub has it.
+        image_size: pixels a side, a power of two; None takes the smallest of 16, 32, 64 that holds the images, and
+            shrinks larger ones to the last.
         held_out_only: decode no training images, for figures of a finished run; `train` is empty then.
 
     Raises:
@@ -115,22 +184,39 @@ def load_images(source: str, image_size: int | None = None, *, held_out_only: bo
         ((1617, 1, 16, 16), 1)
     """
     if source == "digits":
-        splits = _digits()
+        found = _digits()
     elif source in HUB_SOURCES:
-        splits = _hub(source)
+        found = _hub(source)
     else:
-        splits = _path(source)
-    train = splits.get("train", [])
-    held_out = next((splits[name] for name in HELD_OUT_SPLITS if splits.get(name)), None)
-    if not train:
-        raise ImageError(f'no training images in "{source}"')
+        found = _path(source)
+    train, held_out = found.train, found.held_out
     if held_out is None:
         train, held_out = _hold_out(train)
     if held_out_only:
         train = []
-    pixels = torch.from_numpy(decode_images([image[:2] for image in [*train, *held_out]], image_size))
-    labels = [_labels(part) for part in (train, held_out)]
-    return Images(source, pixels[: len(train)].contiguous(), pixels[len(train) :].contiguous(), *labels)
+    decoded = decode_images([image[:2] for image in [*train, *held_out]], image_size)
+    pixels = torch.from_numpy(decoded.pixels)
+    orders = [source_order(len(part)) for part in (train, held_out)]
+    labels = [_labels(part, order) for part, order in zip((train, held_out), orders, strict=True)]
+    return Images(
+        source,
+        pixels[: len(train)][orders[0]],
+        pixels[len(train) :][orders[1]],
+        *labels,
+        columns=found.columns,
+        split_off=found.held_out is None,
+        resized=decoded.resized,
+        notes=found.notes,
+    )
+
+
+def _hash(*tensors: Tensor | None) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr(None if tensor is None else tuple(tensor.shape)).encode())
+        if tensor is not None:
+            digest.update(tensor.numpy())
+    return digest.hexdigest()[:16]
 
 
 def _hold_out(images: Sequence[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
@@ -144,39 +230,54 @@ def _hold_out(images: Sequence[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
     return train, [images[i] for i in sorted(held_out)]
 
 
-def _labels(images: Sequence[Encoded]) -> Tensor | None:
+def _labels(images: Sequence[Encoded], order: Tensor) -> Tensor | None:
     if any(image.label is None for image in images):
         return None
-    return torch.tensor([image.label for image in images], dtype=torch.int64)
+    return torch.tensor([image.label for image in images], dtype=torch.int64)[order]
 
 
-def _digits() -> dict[str, list[Encoded]]:
+def _digits() -> Found:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    return {
-        "train": [Encoded(f"digit {i}", p, int(t)) for i, (p, t) in enumerate(zip(pixels, digits.target, strict=True))]
-    }
+    return Found(
+        [Encoded(f"digit {i}", p, int(t)) for i, (p, t) in enumerate(zip(pixels, digits.target, strict=True))], None
+    )
 
 
-def _hub(name: str) -> dict[str, list[Encoded]]:
+def _hub(name: str) -> Found:
     import datasets
 
     repository, configuration, label_column = HUB_SOURCES[name]
     try:
         loaded = datasets.load_dataset(repository, configuration)
     except (OSError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ImageError(
-            f'cannot download "{name}" ({repository}) from the hub: {reason}; '
+            f'cannot download "{name}" ({repository}) from the hub: {first_line(error)}; '
             "with a copy at hand, pass its folder as --data PATH"
         ) from error
-    splits = {split: table for split, table in loaded.items() if split in ("train", *HELD_OUT_SPLITS)}
-    return {split: list(_rows(table, f"{name} {split}", label_column)) for split, table in splits.items()}
+    picked = chosen(
+        name, {split_word(split): Named(f"{name} {split}", table) for split, table in loaded.items()}, "image"
+    )
+    parts = [
+        part if part is None else list(rows(part.table, part.origin, label_column))
+        for part in (picked.train, picked.held_out)
+    ]
+    return Found(*parts, picked.notes, tuple(picked.train.table.column_names))
 
 
-def _path(source: str) -> dict[str, list[Encoded]]:
+class Named(NamedTuple):
+    """A `datasets.Dataset` and what messages call it."""
+
+    origin: str
+    table: Any
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def _path(source: str) -> Found:
     path = pathlib.Path(source)
     if not path.exists():
         names = ", ".join(["digits", *HUB_SOURCES])
@@ -186,107 +287,47 @@ def _path(source: str) -> dict[str, list[Encoded]]:
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise ImageError(f'"{source}" is neither a Parquet file nor a folder')
-        return _parquet({"train": [path]})
-    # a folder may be called so too, and its files are found by themselves
-    parquet_files = sorted(f for f in path.rglob("*") if f.suffix.lower() == ".parquet" and f.is_file())
-    if parquet_files:
-        by_split: dict[str, list[pathlib.Path]] = {}
-        for file in parquet_files:
-            by_split.setdefault(_split_of(file, path), []).append(file)
-        return _parquet(by_split)
-    return _folder(path)
-
-
-def _split_of(file: pathlib.Path, root: pathlib.Path) -> str:
-    """The split that a Parquet file's folders or name speak of, as the hub names them: train-00000-of-00001.parquet."""
-    relative = file.relative_to(root)
-    words = [*relative.parts[:-1], *relative.stem.replace("_", "-").split("-")]
-    return next((name for name in HELD_OUT_SPLITS if name in words), "train")
-
-
-def _parquet(by_split: dict[str, list[pathlib.Path]]) -> dict[str, list[Encoded]]:
-    import datasets
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    splits = {}
-    for split, files in by_split.items():
-        splits[split] = []
-        for file in files:
-            try:
-                table = datasets.Dataset(pyarrow.parquet.read_table(file))
-            except (OSError, pyarrow.lib.ArrowException) as error:
-                raise ImageError(f'cannot read Parquet file "{file}": {_first_line(error)}') from error
-            label = next((name for name in ("label", "labels", "class") if name in table.column_names), None)
-            splits[split] += _rows(table, str(file), label)
-    return splits
-
-
-def _rows(table: Any, origin: str, label_column: str | None) -> Iterator[Encoded]:
-    """Rows of a `datasets.Dataset`, images still encoded."""
-    import datasets
-
-    column = next((name for name, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
-    if column is None:
-        column = next((name for name in ("image", "img", "png", "jpg") if name in table.column_names), None)
-    if column is None:
-        raise ImageError(
-            f"{origin} has no image column, named image, img, png or jpg; its columns are "
-            f"{', '.join(table.column_names)}"
-        )
-    kind = table.features[column]
-    if isinstance(kind, datasets.Image):
-        table = table.cast_column(column, datasets.Image(decode=False))
-    columns = [column] if label_column is None else [column, label_column]
-    for i, row in enumerate(table.select_columns(columns)):
-        content = row[column]
-        if isinstance(content, dict):
-            content = content["bytes"] if content.get("bytes") is not None else content.get("path")
-        if content is None:
-            raise ImageError(f'row {i} of {origin} has no image in column "{column}"')
-        label = row[label_column] if label_column is not None else None
-        if label is not None and not (isinstance(label, int) and label < 2**63):
-            raise ImageError(
-                f'column "{label_column}" of {origin} must hold integers, got {label!r} in row {i}: number the '
-                "classes, or leave the column out"
-            )
-        label = None if label is None or label < 0 else label
-        yield Encoded(f"row {i} of {origin}", content, label)
-
-
-def _folder(path: pathlib.Path) -> dict[str, list[Encoded]]:
-    held_out = next((name for name in HELD_OUT_SPLITS if (path / name).is_dir()), None)
-    if held_out is not None and not (path / "train").is_dir():
-        raise ImageError(
-            f'"{path}" has held-out images in "{held_out}" but no folder "train": give both, or rename "{held_out}" if '
-            "it is to be trained on"
-        )
-    if (path / "train").is_dir():
-        folders = {"train": path / "train"} | ({held_out: path / held_out} if held_out else {})
-    else:
-        folders = {"train": path}
-    files = {split: _image_files(folder) for split, folder in folders.items()}
-    classes = sorted({f.parent.name for split, folder in folders.items() for f in files[split] if f.parent != folder})
-    class_index = {name: i for i, name in enumerate(classes)}
-    # Labels only where the tree says classes clearly: each image directly inside a class folder.
-    labelled = all(f.parent.parent == folder for split, folder in folders.items() for f in files[split])
-    return {
-        split: [Encoded(str(f), f, class_index[f.parent.name] if labelled else None) for f in files[split]]
-        for split in folders
-    }
-
-
-def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
+        return read_parquet(path.parent, Chosen([(path.name,)], None, ()))
+    files, folders = walk(source)
+    parquet_files = [f for f in files if _suffix(f) == ".parquet" and path.joinpath(*f).is_file()]
     # a link that leads nowhere is a missing image, to be named when it is read
-    found = (f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-    files = sorted(f for f in found if f.is_file() or (f.is_symlink() and not f.exists()))
-    if not files:
+    images = [f for f in files if _suffix(f) in IMAGE_SUFFIXES and _is_file_or_lost(os.path.join(source, *f))]
+    if parquet_files:
+        found = read_parquet(path, chosen(source, split_tables(source, parquet_files), "Parquet file"))
+        if images:
+            found = found._replace(
+                notes=(
+                    *found.notes,
+                    f"left out: {len(images)} image file{'s' if len(images) != 1 else ''} beside the Parquet files",
+                )
+            )
+        return found
+    if not images:
         raise ImageError(
-            f'no images in folder "{folder}": expected Parquet files or {", ".join(sorted(IMAGE_SUFFIXES))}'
+            f'no images in folder "{source}": expected Parquet files or {", ".join(sorted(IMAGE_SUFFIXES))}; hidden '
+            "files and folders are not read"
         )
-    return files
+    return _folder(source, images, folders)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _suffix(file: Parts) -> str:
+    return os.path.splitext(file[-1])[1].lower()
+
+
+def _is_file_or_lost(path: str) -> bool:
+    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
+
+
+def _folder(source: str, images: list[Parts], folders: list[Parts]) -> Found:
+    tree = split_images(source, images, folders)
+    files = chosen(source, tree.by_split, "image")
+    used = [*files.train, *(files.held_out or [])]
+    # Labels only where the tree says classes clearly: each image directly inside a class folder.
+    labelled = all(tree.class_of[file] is not None for file in used)
+    class_index = {name: i for i, name in enumerate(sorted({tree.class_of[f] for f in used}))} if labelled else {}
+
+    def encoded(part: list[Parts]) -> list[Encoded]:
+        paths = [os.path.join(source, *file) for file in part]
+        return [Encoded(p, p, class_index.get(tree.class_of[f])) for p, f in zip(paths, part, strict=True)]
+
+    return Found(encoded(files.train), None if files.held_out is None else encoded(files.held_out), files.notes)

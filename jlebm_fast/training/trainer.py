@@ -177,7 +177,7 @@ class Trainer:
         self.set_learning_rates()
         metrics = self.model.update(self.batch(), self.learning_step())
         if self.average is not None:
-            self.average.update(self.model)
+            self.average.update(self.model, self.step + 1)
         means = self.ranks.mean(torch.stack([value.detach().float() for value in metrics.values()]))
         values = dict(zip(metrics, means.tolist(), strict=True))
         for name, value in values.items():

@@ -3,7 +3,10 @@
 import pathlib
 
 import numpy as np
+import torch
 from PIL import Image
+
+from jlebm_fast.training.sources import source_order
 
 TINY = ["--latent-dims", "2", "3", "--width", "4", "--energy-hidden", "8", "--chain-steps", "3", "--batch-size", "8"]
 
@@ -27,6 +30,11 @@ def write_folder(root: pathlib.Path, n: int = 40, size: int = 16, colour: bool =
         image = Image.fromarray(shape_pixels(i, size))
         (image.convert("RGB") if colour else image).save(folder / f"{i:03d}.png")
     return root
+
+
+def in_source_order(part: torch.Tensor) -> torch.Tensor:
+    """Training or held-out images, or their labels, as the source has them."""
+    return part[source_order(len(part)).argsort()]
 
 
 # The options of a run that takes moments.

@@ -4,8 +4,10 @@ import json
 import os
 import pathlib
 import pickle
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -103,6 +105,86 @@ def test_resume_keeps_the_options_of_the_run(jlebm, trained, tmp_path):
     assert_one_sentence(jlebm("train", copy, "--resume", "--width", "8"), "--resume cannot change --width from 4 to 8")
 
 
+def test_moved_images_strand_no_run(jlebm, tmp_path):
+    old = write_folder(tmp_path / "old")
+    run = tmp_path / "run"
+    assert jlebm("train", run, "--data", old, *TRAIN).returncode == 0
+    new = old.rename(tmp_path / "new")
+    for command in (["figures", run], ["evaluate", run, "--no-frechet", "-n", "4", "--long-steps", "20"]):
+        assert_one_sentence(jlebm(*command), f'no such file or folder: "{old}"')
+        there = jlebm(*command, "--data", new)
+        assert there.returncode == 0, there.stderr
+    resumed = jlebm("train", run, "--resume", "--steps", "5", "--data", new, "--device", "auto", "--no-figures")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((run / "config.json").read_text())["options"]["data"] == str(new)
+    other = write_folder(tmp_path / "other", 60)
+    for command in (["train", run, "--resume"], ["figures", run], ["evaluate", run, "-n", "4"]):
+        assert_one_sentence(jlebm(*command, "--data", other), "are not those that")
+
+
+def interrupt(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "during", ["jlebm_fast.cli._main", "jlebm_fast.cli._run", "jlebm_fast.training.loop.load_images"]
+)
+def test_an_interruption_is_one_line(jlebm, folder_of_shapes, tmp_path, monkeypatch, during):
+    monkeypatch.setattr(during, interrupt)
+    ended = jlebm("train", tmp_path / "run", "--data", folder_of_shapes)
+    assert (ended.returncode, ended.stderr) == (130, "jlebm: interrupted\n")
+
+
+def test_an_interruption_while_the_command_line_is_imported_is_one_line():
+    code = """
+import runpy, sys
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as error:
+                if len(sys.argv) > 2:  # as compiled modules do it
+                    raise ImportError("initialization failed") from error
+                raise
+import jlebm_fast
+sys.meta_path.insert(0, Interrupted())
+runpy.run_module("jlebm_fast", run_name="__main__", alter_sys=False)
+"""
+    for module in (["jlebm_fast.cli"], ["tyro"], ["jlebm_fast.training.commands"], ["tyro", "compiled"]):
+        ended = subprocess.run([sys.executable, "-c", code, *module], capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (130, "jlebm: interrupted\n"), module
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_tells_its_signal(folder_of_shapes, tmp_path, number):
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "jlebm_fast",
+        "train",
+        run,
+        "--data",
+        folder_of_shapes,
+        *TRAIN,
+        "--steps",
+        "1000000",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen([*map(str, command), "--log-every", "1"], stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        while job.poll() is None and not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
+            time.sleep(0.02)
+        job.send_signal(number)
+        _, said = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == 128 + number
+    assert said.splitlines()[-1].startswith("jlebm: stopped after step ")
+    assert said.splitlines()[-1].endswith("--resume goes on")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -179,7 +261,11 @@ def test_runs_of_another_model_are_one_sentence(jlebm, trained, tmp_path):
     assert_one_sentence(sample_with(model="diffusion"), 'holds a run of model "diffusion"')
     assert_one_sentence(sample_with(format=99), "format 1")
     assert_one_sentence(sample_with(options=config["options"] | {"latent_dims": [2, 4]}), "belongs to another model")
-    assert_one_sentence(sample_with(options={"spoon": 1}), "does not fit")
+    unknown = (
+        f'"{run / "config.json"}" does not fit this version of jlebm_fast: options.spoon is unknown to it; put back'
+    )
+    assert_one_sentence(sample_with(options={"spoon": 1}), unknown)
+    assert_one_sentence(sample_with(fork=1), "does not fit this version of jlebm_fast: fork is unknown to it")
     (run / "config.json").write_text("{")
     assert_one_sentence(jlebm("sample", run), "not readable JSON")
     (run / "config.json").write_text(json.dumps(config))

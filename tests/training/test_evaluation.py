@@ -1,6 +1,7 @@
 """`jlebm evaluate`: numbers that are known in advance, files that are written, and inputs that it refuses."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -105,6 +106,32 @@ def test_an_evaluation_writes_table_json_and_figures(run, quick, jlebm):
             assert max(figure.size) > 300
     again = evaluate(run.path, 40, long_steps=60, device="cpu")
     assert again == result
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(run, quick, monkeypatch, jlebm):
+    def refuse(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "touch", refuse)
+        patch.setattr(evaluation, "load_images", lambda *arguments: pytest.fail("it works"))
+        said = jlebm("evaluate", run.path, "-n", "20", "--long-steps", "20")
+    assert said.returncode == 1
+    assert said.stderr == f'jlebm: Permission denied: "{run.path}"\n'
+    assert not list(run.path.glob(".*"))
+
+
+def test_the_table_is_printed_when_only_writing_fails(run, quick, monkeypatch, jlebm):
+    def refuse(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(evaluation, "write_atomically", refuse)
+    said = jlebm("evaluate", run.path, "-n", "20", "--long-steps", "20", "--no-frechet")
+    assert said.returncode == 1
+    assert "reconstruction_mse" in said.stdout
+    assert "bias.acceptance" in said.stdout
+    assert said.stderr.splitlines()[-1].startswith('jlebm: the evaluation is done, but "')
+    assert said.stderr.splitlines()[-1].endswith("cannot be written: No space left on device")
 
 
 def test_a_missing_inception_net_is_found_before_the_work(run, monkeypatch, tmp_path):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from test_loop import SMALL, assert_same_run
 
-from jlebm_fast.models import JointEBM
+from jlebm_fast.models import JointEBM, NonFiniteLoss
 from jlebm_fast.training.checkpoints import load_checkpoint
 from jlebm_fast.training.errors import RunError
 from jlebm_fast.training.loop import train
+from jlebm_fast.training.options import TrainOptions
 from jlebm_fast.training.run_folder import open_run
 from jlebm_fast.training.trainer import Trainer
 
@@ -70,6 +71,28 @@ def test_a_run_that_averages_samples_from_the_average(options, tmp_path):
     assert any(not torch.equal(state["model"][name], value) for name, value in state["average"].items())
 
 
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_the_average_forgets_the_random_start(options, tmp_path, monkeypatch, decay):
+    """Against the recursion a_t = d_t a_{t-1} + (1 - d_t) θ_t in float64, d_t = min(decay, (1 + t) / (10 + t))."""
+    seen, advance = [], Trainer.advance
+
+    def noted_advance(trainer):
+        if not seen:
+            seen.append({n: p.detach().double().clone() for n, p in trainer.model.named_parameters()})
+        values = advance(trainer)
+        seen.append({n: p.detach().double().clone() for n, p in trainer.model.named_parameters()})
+        return values
+
+    monkeypatch.setattr(Trainer, "advance", noted_advance)
+    run = train(tmp_path / "run", options(ema_decay=decay, autoencoder_lr=0.01))
+    expected, decays = seen[0], [min(decay, (1 + t) / (10 + t)) for t in range(1, 13)]
+    for d, now in zip(decays, seen[1:], strict=True):
+        expected = {name: d * a + (1 - d) * now[name] for name, a in expected.items()}
+    found = load_checkpoint(run.checkpoint)["average"]
+    assert all(torch.allclose(found[name].double(), a, rtol=1e-5, atol=1e-7) for name, a in expected.items())
+    assert math.prod(decays) < 1e-4  # what is left of the random start
+
+
 def test_clipping_bounds_the_gradient_that_the_optimiser_sees(options, tmp_path, monkeypatch):
     norms, step = [], torch.optim.Adam.step
 
@@ -111,6 +134,7 @@ def test_the_guard_names_the_langevin_step(options, tmp_path, monkeypatch):
     words = str(caught.value)
     assert words.startswith("training diverged at step 1: loss of the energy is ")
     assert "because the prior chain left the finite numbers at Langevin step 2 of 20 (8 of 8 chains did)" in words
+    assert "a smaller --step-size or fewer --chain-steps usually helps" in words
     _, _, model = open_run(tmp_path / "run", "cpu")
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -132,6 +156,40 @@ def test_a_bad_gradient_changes_no_parameter(options, tmp_path, monkeypatch):
         train(tmp_path / "run", options(checkpoint_every=5))
     assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")["step"] == 5
     assert all(torch.equal(p, seen["before"][name]) for name, p in seen["model"].named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "step", "reason", "words"),
+    [
+        ("joint", 0, ", because the prior chain left the", "a smaller --step-size or fewer --chain-steps"),
+        ("joint", 7, ", because the prior chain left the", "--step-size, fewer --chain-steps or a smaller --energy-lr"),
+        ("joint", 7, "", "a smaller --energy-lr or a smaller --autoencoder-lr"),
+        ("vlae", 7, "", "with a smaller --autoencoder-lr usually"),
+        ("vlae", 0, "", "with a smaller --reconstruction-weight usually"),
+        ("lebm", 0, ", because the posterior chain left", "a smaller --posterior-step-size or fewer --posterior-steps"),
+        (
+            "lebm",
+            0,
+            "",
+            "--step-size, fewer --chain-steps, a smaller --posterior-step-size, fewer --posterior-steps or",
+        ),
+    ],
+)
+def test_the_advice_names_what_can_be_the_cause(folder_of_shapes, tmp_path, monkeypatch, model, step, reason, words):
+    """In the first step no learning rate has acted yet."""
+    advance = Trainer.advance
+
+    def diverging_advance(trainer):
+        if trainer.step == step:
+            raise NonFiniteLoss(f"loss is nan{reason}")
+        return advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", diverging_advance)
+    options = TrainOptions(model=model, data=str(folder_of_shapes), width=4, batch_size=8, steps=9, device="cpu")
+    with pytest.raises(RunError) as caught:
+        train(tmp_path / "run", options)
+    assert words in str(caught.value)
+    assert ("-lr" in str(caught.value)) == (step > 0)
 
 
 @pytest.mark.parametrize(

@@ -164,8 +164,9 @@ def test_a_polite_stop_saves_first(whole_run, folder_of_shapes, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "advance", interrupted_advance)
-        with pytest.raises(RunError, match=r"stopped after step 17; .*--resume"):
+        with pytest.raises(loop.Stopped, match=r"stopped after step 17; .*--resume") as stopped:
             train(tmp_path / "run", small_options(folder_of_shapes))
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")["step"] == 17
     assert_same_run(whole_run, train(tmp_path / "run", small_options(folder_of_shapes), resume=True))
 
@@ -229,6 +230,22 @@ def test_overwriting_must_be_asked_for(folder_of_shapes, tmp_path):
         train(tmp_path / "run", small_options(folder_of_shapes, steps=2))
     train(tmp_path / "run", small_options(folder_of_shapes, steps=3, seed=5), overwrite=True)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")["step"] == 3
+
+
+def test_a_run_without_its_configuration_is_not_overwritten(folder_of_shapes, tmp_path):
+    options = small_options(folder_of_shapes, steps=4)
+    for i, lost in enumerate(
+        (["config.json"], ["config.json", "metrics.jsonl"], ["config.json", "checkpoint.safetensors"])
+    ):
+        run = train(tmp_path / str(i), options).path
+        for name in lost:
+            (run / name).unlink()
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        with pytest.raises(RunError, match=r"of a run whose config.json is missing: put that back .* --overwrite"):
+            train(run, options)
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+        train(run, options, overwrite=True)
+        assert (run / "config.json").exists()
 
 
 def put_products(run):

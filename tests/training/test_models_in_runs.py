@@ -114,6 +114,26 @@ def test_stages_may_not_move_when_a_run_goes_on(jlebm, folder_of_shapes, tmp_pat
     assert "--resume cannot change --steps" in process.stderr
 
 
+@pytest.mark.parametrize("model", ["rae", "joint"])
+def test_a_mixture_of_more_components_than_images_is_refused_before_the_first_step(folder_of_shapes, tmp_path, model):
+    options = {"model": model, "prior": "gmm", "data": str(folder_of_shapes), "width": 4, "batch_size": 8, "steps": 2}
+    words = (
+        "mixture of 37 components needs at least as many training images, got 36: --mixture-components must be at most"
+    )
+    with pytest.raises(RunError, match=words):
+        loop.train(tmp_path / "run", TrainOptions(**options, device="cpu", mixture_components=37))
+    assert not (tmp_path / "run").exists()
+    loop.train(tmp_path / "run", TrainOptions(**options, device="cpu", mixture_components=36))
+
+
+def test_a_stage_ends_with_a_line_of_metrics(folder_of_shapes, tmp_path):
+    """Else the first line of the next would hold the mean of losses of two kinds."""
+    run = loop.train(tmp_path / "run", options_of("two_stage_vae", folder_of_shapes))
+    assert [(line["step"], "kl" in line, "gamma" in line) for line in run.read_metrics()] == [
+        (3, True, False), (6, True, False), (8, True, False), (9, False, True), (12, False, True), (13, False, True),
+    ]  # fmt: skip
+
+
 def test_the_model_of_a_run_is_in_its_config(jlebm, folder_of_shapes, tmp_path):
     run = loop.train(tmp_path / "run", options_of("lvae", folder_of_shapes, steps=2))
     assert json.loads(run.config.read_text())["model"] == "lvae"

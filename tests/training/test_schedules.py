@@ -42,14 +42,16 @@ def test_an_unknown_schedule_is_named():
 
 
 def test_the_average_is_the_weighted_sum_of_the_past():
-    model, decay = nn.Linear(3, 2), 0.7
+    """By the decay (1 + t) / (10 + t) of its beginning and then, from the fourth step on, its own."""
+    model, decay = nn.Linear(3, 2), 0.35
     average = ParameterAverage(model, decay)
     expected = model.weight.detach().double().clone()
     for i in range(6):
         with torch.no_grad():
             model.weight.mul_(0.9).add_(i)
-        average.update(model)
-        expected = decay * expected + (1 - decay) * model.weight.detach().double()
+        average.update(model, i + 1)
+        d = (2 / 11, 3 / 12, 4 / 13, decay, decay, decay)[i]
+        expected = d * expected + (1 - d) * model.weight.detach().double()
     torch.testing.assert_close(average.values["weight"].double(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(average.values["bias"], model.bias)
     other = nn.Linear(3, 2)

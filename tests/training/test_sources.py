@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
-from shapes import shape_pixels, write_folder
+from shapes import in_source_order, shape_pixels, write_folder
 
 from jlebm_fast.training.errors import ImageError
 from jlebm_fast.training.sources import load_images, to_network, to_pixels
@@ -56,7 +56,7 @@ def test_a_folder_with_splits_and_no_classes(tmp_path):
     images = load_images(str(tmp_path))
     assert (len(images.train), len(images.held_out)) == (6, 4)
     assert images.train_labels is None
-    assert np.array_equal(images.train[3, 0].numpy(), shape_pixels(3))
+    assert np.array_equal(in_source_order(images.train)[3, 0].numpy(), shape_pixels(3))
 
 
 def test_held_out_only_is_the_held_out_part(folder_of_shapes):
@@ -72,9 +72,9 @@ def test_parquet_files_with_hub_names(tmp_path, image_type):
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", 2, image_type)
     images = load_images(str(tmp_path))
     assert (len(images.train), len(images.held_out)) == (8, 2)
-    assert images.train_labels.tolist() == [0, 1, 0, 1, 0, 0, 1, 0]
-    assert np.array_equal(images.train[4, 0].numpy(), shape_pixels(4))
-    assert np.array_equal(images.held_out[1, 0].numpy(), shape_pixels(1))
+    assert in_source_order(images.train_labels).tolist() == [0, 1, 0, 1, 0, 0, 1, 0]
+    assert np.array_equal(in_source_order(images.train)[4, 0].numpy(), shape_pixels(4))
+    assert np.array_equal(in_source_order(images.held_out)[1, 0].numpy(), shape_pixels(1))
 
 
 def test_one_parquet_file_without_labels(tmp_path):
@@ -231,7 +231,7 @@ def test_a_folder_called_like_a_parquet_file_is_read_once(tmp_path):
 
 def test_held_out_images_are_never_trained_on(tmp_path):
     write_folder(tmp_path / "test", 6)
-    write_folder(tmp_path / "training", 6)
+    write_folder(tmp_path / "photos", 6)
     with pytest.raises(ImageError, match=r'has held-out images in "test" but no folder "train": give both, or rename'):
         load_images(str(tmp_path))
 
