@@ -76,6 +76,11 @@ def watched(z: Tensor | None = None) -> bool:
     )
 
 
+def under_a_mode() -> bool:
+    """Whether operators go through a mode of dispatch first, which may give tensors without values."""
+    return _modes_of_dispatch() > 0
+
+
 def unwatched() -> bool:
     """`not watched()` of no tensor, outside a compiler."""
     return _modes_of_dispatch() == 0 and _transforms() is None

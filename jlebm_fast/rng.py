@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import describe, whole
-from .modes import capturing, watched
+from .modes import capturing, under_a_mode, watched
 
 KEY_RANGE = 1 << 64
 # steps and chains of the noise field are counted in 32 bits, and wrap
@@ -79,7 +79,7 @@ def noise_key_of(
 ) -> int | Tensor:
     """The key of a call: the given one, or one drawn; while a graph is traced or captured, drawn at every run of it."""
     if noise_key is None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or under_a_mode():
             if generator is None:
                 return torch.ops.jlebm_fast.draw_noise_key.default()
         elif capturing(device):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import jlebm_fast as jf
 from jlebm_fast.spectral import top_singular_triple
@@ -40,6 +41,23 @@ def test_spectral_norms_under_fake_tensors():
         assert energy(mode.from_tensor(Z)).shape == (5,)
         assert jf.FastLangevin(energy).sample(torch.empty(5, 6), noise_key=1).shape == (5, 6)
     assert torch.isfinite(energy(Z)).all()
+
+
+def test_a_key_is_drawn_under_a_mode():
+    class Passing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    prior = jf.FastLangevin(jf.EnergyMLP(6, 8, 2), n_steps=3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert prior(torch.empty(5, 6)).shape == (5, 6)
+    torch.manual_seed(2)
+    expected, state = prior(Z), torch.get_rng_state()
+    torch.manual_seed(2)
+    with Passing():
+        got = prior(Z)
+    assert torch.equal(got, expected)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_spectral_norm_leaves_the_vector_of_a_lesser_value():
