@@ -152,7 +152,12 @@ bool mlp_langevin_chain(py::handle z, py::handle mlp, py::handle update, py::han
 py::object made_like(py::handle latents, py::handle empty_like) {
     const auto made = [&](py::handle tensor) {
         PyObject* const made = PyObject_CallOneArg(empty_like.ptr(), tensor.ptr());
-        if (made == nullptr) throw RaisedForCaller{std::make_exception_ptr(py::error_already_set())};
+        if (made == nullptr) {
+            const bool of_torch = PyErr_ExceptionMatches(PyExc_Exception); // the general way may do with less memory
+            const py::error_already_set error;
+            if (of_torch) throw error;
+            throw RaisedForCaller{std::make_exception_ptr(error)}; // Ctrl-C
+        }
         return py::reinterpret_steal<py::object>(made);
     };
     if (!PyList_Check(latents.ptr()) && !PyTuple_Check(latents.ptr())) return made(latents);

@@ -72,6 +72,14 @@ class EnergySource:
     def name(self) -> str:
         return getattr(self.energy, "__name__", type(self.energy).__name__)
 
+    def for_autograd(self, flat: Tensor, layout: LatentLayout, context: object, y: object) -> Callable[..., Tensor]:
+        """The energy where no MLP of it is used: as `callable`, with spectral norms as converged as in the kernels
+        where it is known to be an MLP, whose few evaluations were not worth reading it."""
+        if is_plain_energy_mlp(self.net):
+            return self.callable()
+        found = self.found(layout, conditions(flat, context, y))
+        return self.callable(None if isinstance(found, Unrecognised) else found.converged_buffers())
+
     def callable(self, changed: dict[str, Tensor] | None = None) -> Callable[..., Tensor]:
         """The energy for autograd; a module runs on clones of its buffers, made once per chain, or on changed ones."""
         energy = self.energy

@@ -207,7 +207,8 @@ def energy_and_grad(
         if mlp is None:
             # autograd needs no kernel, but a backend named for another device would be a mistake
             backends.choose("langevin_step", backend, device=flat.device, dtype=flat.dtype)
-            value, grad = AnyEnergy(source.callable(), layout, context, y, 1.0)(flat.clone())
+            own = source.for_autograd(flat, layout, context, y)
+            value, grad = AnyEnergy(own, layout, context, y, 1.0)(flat.clone())
         else:
             value, grad = ops.mlp_energy_grad(flat, mlp, backend=backend)
             if quadratic is not None:

@@ -327,7 +327,7 @@ class FastLangevin:
         mlp, quadratic = self._source.mlp(flat, layout, context, y, sign, self.n_steps)
         energy = None
         if mlp is None:
-            energy = stepwise.AnyEnergy(self._source.callable(), layout, context, y, sign)
+            energy = stepwise.AnyEnergy(self._source.for_autograd(flat, layout, context, y), layout, context, y, sign)
         elif quadratic is not None and record.diagnostics:
             # the kernel would tell the network's energy and gradient alone
             energy = stepwise.WithQuadratic(mlp, quadratic, self.backend)

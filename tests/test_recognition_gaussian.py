@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -280,3 +281,21 @@ def test_an_exponent_that_changes_is_seen():
     expected = FastLangevin(lambda z: energy(z), prior=None, n_steps=STEPS, step_size=0.1)(z, noise_key=1)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     assert "not recognised" in sampler.explain(z)
+
+
+def test_few_evaluations_have_the_converged_spectral_norms_of_many():
+    """One evaluation is not worth a run of the forward for its parameters, and goes through autograd."""
+    torch.manual_seed(11)  # where one power iteration is far from converged
+    normed = nn.utils.parametrizations.spectral_norm(nn.Linear(DIM, 8))
+    energy = Energy(FORMS["pow"])
+    energy.net = nn.Sequential(normed, nn.GELU(), nn.Linear(8, 1))
+    z, _ = start()
+    value, grad = energy_and_grad(energy, z)
+    exact = copy.deepcopy(energy).double()
+    original = exact.net[0].parametrizations.weight.original
+    weight = original / torch.linalg.matrix_norm(original, 2)
+    at = z.double().requires_grad_()
+    hidden = nn.functional.gelu(at @ weight.t() + exact.net[0].bias)
+    expected = exact.net[2](hidden).squeeze(1) - 0.5 * at.square().sum(1)
+    torch.testing.assert_close(value.double(), expected.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(grad.double(), torch.autograd.grad(expected.sum(), at)[0], atol=1e-5, rtol=0)
