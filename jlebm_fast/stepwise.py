@@ -51,7 +51,7 @@ class AnyEnergy(NamedTuple):
     y: Tensor | int | None
     sign: float
 
-    def __call__(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, flat: Tensor, with_value: bool = True) -> tuple[Tensor | None, Tensor]:
         with chain_mode(flat.device, gradients=True):
             z = flat.detach().requires_grad_()
             options = {name: v for name, v in (("context", self.context), ("y", self.y)) if v is not None}
@@ -66,8 +66,11 @@ class AnyEnergy(NamedTuple):
             if value.is_complex():
                 raise ValueError(f"energy must return real numbers, got {describe(value)}")
             grad = _gradient("energy", value, z)
+        grad = grad if self.sign == 1.0 else self.sign * grad
+        if not with_value:
+            return None, grad
         value = value.detach().reshape(chains).to(flat.dtype)
-        return (value, grad) if self.sign == 1.0 else (self.sign * value, self.sign * grad)
+        return value if self.sign == 1.0 else self.sign * value, grad
 
 
 class WithQuadratic(NamedTuple):
@@ -77,7 +80,7 @@ class WithQuadratic(NamedTuple):
     quadratic: Quadratic
     backend: str
 
-    def __call__(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, flat: Tensor, with_value: bool = True) -> tuple[Tensor, Tensor]:
         value, grad = ops.mlp_energy_grad(flat, self.mlp, backend=self.backend)
         return value + self.quadratic.value(flat), grad + self.quadratic.gradient(flat)
 
@@ -166,7 +169,7 @@ def any_energy_chain(
     """n_steps of an energy's gradient, as a rule by autograd, and fused step."""
 
     def step(z: Tensor, update: Update) -> ChainResult:
-        value, grad = energy(z)
+        value, grad = energy(z, record.diagnostics)
         extra_grad = None if likelihood is None else likelihood(z)
         moved = ops.langevin_step(z, grad, update.with_gradient(extra_grad), backend=backend)
         if not record.diagnostics:
