@@ -25,8 +25,8 @@ py::object found_or_null(PyObject* object) {
     return new_reference(object);
 }
 
-// The places and things of jlebm_fast/recognition/snapshots.py, one after another, beside what is there now. Objects are told by
-// their addresses: nothing is asked of them but where the next ones are.
+// The places and things of jlebm_fast/recognition/snapshots.py, one after another, beside what is there now. Objects
+// are told by their addresses: nothing is asked of them but where the next ones are.
 class Walk {
 public:
     Walk(py::handle kinds, py::handle things) : things_(things) {

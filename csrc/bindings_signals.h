@@ -17,8 +17,8 @@
 
 namespace jlebm {
 
-// What a signal's handler raised amid a kernel, or torch when it made a tensor; it is the caller's to see, whatever else
-// may be caught on the way.
+// What a signal's handler raised amid a kernel, or torch when it made a tensor; it is the caller's to see, whatever
+// else may be caught on the way.
 struct RaisedForCaller {
     std::exception_ptr error;
 };
