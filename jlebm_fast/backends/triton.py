@@ -3,7 +3,7 @@
 A program owns 16 to 64 chains for all steps. The MLP runs in one of two regimes, chosen before the launch (tiles.py):
 
     resident   up to four hidden layers whose weights fit the chip: loaded once, kept for all steps
-    streamed   anything wider or deeper: weights from L2 tile by tile, activations of L hidden layers in a scratch buffer
+    streamed   anything wider or deeper: weights from L2 tile by tile, activations of L layers in a scratch buffer
                of up to 2 · processors · (3 + L) · 64 · (widest layer) floats: 0.5 GB for 4 x 1024 units on an H100
 
 Kernels live in `triton_kernels/`: noise.py, activation.py, update.py, resident.py, streamed.py; launch.py binds them to
