@@ -27,6 +27,11 @@ def whole(value: object) -> object:
     return int(value)
 
 
+def traced(value: object) -> bool:
+    """Whether it is an integer of a graph that is being made, whose value comes when the graph runs: checked then."""
+    return isinstance(value, torch.SymInt)
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Not sparse, not nested: what the operations can read."""
     return tensor.layout is torch.strided and not tensor.is_nested

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .errors import FAILURE, INTERRUPTED, PIPE_CLOSED, USAGE_ERROR, RunError
 from .status import print_versions
-from .training.errors import FAILURE, INTERRUPTED, PIPE_CLOSED, USAGE_ERROR, RunError
 
 if TYPE_CHECKING:
     from .training.options import TrainOptions

@@ -156,6 +156,12 @@ def step_rows(
     return torch.stack([drift, drift, s * scale], dim=1)
 
 
+def step_numbers(step_size: float | Tensor) -> tuple[float, float]:
+    """(c_grad, c_noise) of one step as numbers, for samplers that weigh densities; 1 each where the step sizes stand in
+    `chain_coefficients`."""
+    return (1.0, 1.0) if isinstance(step_size, Tensor) else (step_size * step_size / 2, step_size)
+
+
 def chain_coefficients(step_size: object, noise_scale: object, z: Tensor) -> Tensor | None:
     """The per-chain factors [chains, 3] in z's dtype, computed in float64 and rounded once; None without any."""
     if not isinstance(step_size, Tensor) and not isinstance(noise_scale, Tensor):

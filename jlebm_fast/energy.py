@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoints, fused_energy
+from . import fused_energy, published_checkpoints
 from .checks import SUPPORTED_DTYPES, describe, dtype_name, has_memory, is_dense, whole
 from .latents import LatentLayout, flatten_latents
 from .modes import capturing, unwatched
@@ -409,7 +409,7 @@ class EnergyMLP(nn.Module):
         return y.contiguous()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        checkpoints.rename_keys(self, state_dict, prefix)
+        published_checkpoints.rename_keys(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from . import backends, dynamics, ops
 from .checks import check_like, describe, whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
-from .energy_source import EnergySource
+from .energy_source import EnergySource, runs_energy_mlp_forward
 from .latents import Latents, flatten_latents, flatten_mask
 from .modes import chain_mode, device_of
 from .problem import Update
-from .rng import check_noise_key, noise_key_of
+from .rng import check_noise_key, check_sources, noise_key_of
 from .stepwise import AnyEnergy
 
 
@@ -57,8 +57,14 @@ def langevin_noise(
 
     Source: Salmon et al., SC 2011 (Philox); Box and Muller, 1958.
     """
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # what is made inside it could not be used outside
+            return langevin_noise(
+                key, n_steps, chains, dim, first_step=first_step, first_chain=first_chain, stream=stream,
+                device=device, dtype=dtype, backend=backend,
+            )  # fmt: skip
     return ops.langevin_noise(
-        _check_key(key),
+        check_noise_key(key, "key"),
         whole(n_steps),
         whole(chains),
         whole(dim),
@@ -69,16 +75,6 @@ def langevin_noise(
         dtype=dtype,
         backend=backend,
     )
-
-
-def _check_key(key: int | Tensor) -> int | Tensor:
-    """The check of a noise key, under the name that it has in `langevin_noise`."""
-    if torch.compiler.is_compiling():
-        return key  # the operator checks it
-    try:
-        return check_noise_key(key)
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("noise_")) from None
 
 
 def _check_device(device: torch.device | str) -> torch.device:
@@ -148,8 +144,7 @@ def langevin_step(
         rows = dynamics.step_rows(step_size, noise_scale, 1)
         mean, precision = (None, None) if prior is None else prior.terms(flat)
         if noise is not None:
-            if noise_key is not None or generator is not None:
-                raise ValueError("noise replaces the noise field: give either noise, or a generator or noise_key")
+            check_sources(noise, noise_key, generator)
             noise_key = 0
             noise = check_like("noise", flatten_latents(noise, "noise")[0], (tuple(flat.shape),), flat).unsqueeze(0)
         update = Update(
@@ -200,6 +195,10 @@ def energy_and_grad(
     """
     if not callable(energy):
         raise ValueError(f"energy must be a module or a callable, got {describe(energy)}")
+    if torch.compiler.is_compiling() and not runs_energy_mlp_forward(energy):
+        from . import in_graph  # imports torch's compiler, which costs seconds
+
+        return in_graph.with_unread_energy(energy_and_grad, energy, z, context=context, y=y, backend=backend)
     with chain_mode(device_of(z)):
         flat, layout = flatten_latents(z)
         source = EnergySource(energy)

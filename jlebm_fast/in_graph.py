@@ -10,32 +10,46 @@ Noise and values are those of a call outside a graph: the key is drawn by the sa
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import dynamics, registration
+from . import dynamics, ops, registration
+from .checks import whole
 from .energy import EnergyLinear
 from .energy_source import runs_energy_mlp_forward
 from .latents import LatentLayout, flatten_latents, flatten_mask
+from .modes import device_of
 from .problem import MLP, MLPSpec, Record, Update
 from .recognition.recognised import assembled
-from .rng import noise_key_of
+from .rng import check_generator, check_sources, noise_key_of
+from .stepwise import check_likelihood
 
 if TYPE_CHECKING:
     from .sampler import FastLangevin
 
 
+PLACES = ("thin", "first_step", "first_chain")  # options that are whole numbers
+
+
 def sample(sampler: FastLangevin, z: Any, options: dict[str, Any]) -> Any:
     """`FastLangevin.sample`, traced."""
-    if options["log_likelihood"] is not None or options["generator"] is not None:
-        return outside(sampler, z, options)
-    with torch.no_grad(), torch.autocast(_device_type(z), enabled=False):
+    if any(isinstance(options[name], np.ndarray) for name in PLACES):  # what a tracer makes of any number of numpy
+        return with_numpy(sampler.sample, z, **options)
+    options = _checked(options)
+    if options["log_likelihood"] is not None:
+        return with_likelihood(sampler.sample, z, **options)
+    if options["generator"] is not None:
+        return with_generator(sampler.sample, z, **options)
+    with torch.no_grad(), torch.autocast(device_of(z).type, enabled=False):
         flat, layout = flatten_latents(z)
         mlp = mlp_of(sampler, flat, layout, options["context"], options["y"])
         if mlp is None:
-            return outside(sampler, z, options)
+            return with_other_energy(sampler.sample, z, **options)
         record = Record(options["return_info"], options["return_trajectory"], options["thin"])
         update = _update(sampler, flat, layout, options)
         result = registration.mlp_langevin_chain(
@@ -44,21 +58,44 @@ def sample(sampler: FastLangevin, z: Any, options: dict[str, Any]) -> Any:
         return sampler._answer(result, layout.restore(result.z), record)
 
 
-@torch.compiler.disable
-def outside(sampler: FastLangevin, z: Any, options: dict[str, Any]) -> Any:
-    """The call as without a compiler."""
-    return sampler.sample(z, **options)
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, after the checks that a call outside a graph makes: the operator would refuse what is no integer in
+    a tracer's words, and a generator or a likelihood are checked before fullgraph=True refuses even a good one."""
+    options = {**options, **{name: whole(options[name]) for name in PLACES}}
+    ops.check_thin(options["thin"])
+    ops.check_counter("first_step", options["first_step"])
+    ops.check_counter("first_chain", options["first_chain"])
+    check_sources(options["noise"], options["noise_key"], options["generator"])
+    check_likelihood(options["log_likelihood"])
+    if options["generator"] is not None:
+        check_generator(options["generator"])
+    return options
 
 
-def _device_type(z: Any) -> str:
-    return (z if isinstance(z, Tensor) else z[0]).device.type
+def _outside(reason: str) -> Callable[..., Any]:
+    """A call as without a compiler; reason is what fullgraph=True says, where torch can be told (2.7 and newer)."""
+
+    def call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return function(*args, **options)
+
+    if "reason" in inspect.signature(torch.compiler.disable).parameters:
+        return torch.compiler.disable(call, reason=f"{reason}; or leave out fullgraph=True")
+    return torch.compiler.disable(call)
+
+
+with_numpy = _outside("numbers of numpy are arrays to a graph: give thin, first_step and first_chain as int")
+with_likelihood = _outside("a chain with a log_likelihood takes autograd at every step: call it outside the graph")
+with_generator = _outside("no graph reads a torch.Generator: draw outside, and pass noise_key= as a tensor")
+with_other_energy = _outside(
+    "the energy is no MLP, takes a context or y of its own, or was not recognised yet in this mode and with such "
+    "layers: call the sampler once outside the graph with such latents (`explain` says what it found)"
+)
+with_unread_energy = _outside("energy_and_grad reads an energy that is no EnergyMLP anew: call it outside the graph")
 
 
 def _update(sampler: FastLangevin, flat: Tensor, layout: LatentLayout, options: dict[str, Any]) -> Update:
     noise, noise_key = options["noise"], options["noise_key"]
     if noise is not None:
-        if noise_key is not None:
-            raise ValueError("noise replaces the noise field: give either noise, or a generator or noise_key")
         noise, noise_key = sampler._flat_noise(noise, flat, layout), 0
     mean, precision = (None, None) if sampler.prior is None else sampler.prior.terms(flat)
     return Update(

@@ -13,6 +13,7 @@ from .checks import whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .functional import energy_and_grad, langevin_noise, langevin_step
 from .latents import LatentLayout, Latents, flatten_latents
+from .modes import chain_mode, device_of
 from .ops import check_count, check_counter, check_thin
 from .rng import ACCEPT_REJECT, COUNTER_RANGE, noise_key_of
 
@@ -94,53 +95,54 @@ def mala(
         raise ValueError("step_size must be a float or a tensor [chains]: a proposal with a schedule is another kernel")
     if not (step_size > 0 if isinstance(step_size, float) else bool((step_size > 0).all())):
         raise ValueError("step_size must be positive: without noise there is no density to correct")
-    flat, layout = flatten_latents(z)
-    key = noise_key_of(noise_key, generator, flat.device)
-    target = _Target(energy, layout, prior, maximize, backend)
-    drift, _, noise = dynamics.step_rows(step_size, 1.0, 1)[0].tolist()
-    factors = dynamics.chain_coefficients(step_size, 1.0, flat)
-    if factors is not None:
-        drift, noise = drift * factors[:, :1], noise * factors[:, 2:]
-    chains = flat.shape[0]
-    place = {"first_chain": first_chain, "backend": backend}
-    here = target(flat.clone())  # what comes back is never the caller's memory
-    accepted = torch.zeros(chains, dtype=torch.int64, device=flat.device)
-    energies, trajectory = [], []
-    for k in range(n_steps):
-        step = (first_step + k) % COUNTER_RANGE
-        there = target(
-            langevin_step(
-                here.z,
-                here.grad,
-                step_size=step_size,
-                prior=prior,
-                maximize=maximize,
-                noise_key=key,
-                step=step,
-                **place,
+    with chain_mode(device_of(z)):
+        flat, layout = flatten_latents(z)
+        key = noise_key_of(noise_key, generator, flat.device)
+        target = _Target(energy, layout, prior, maximize, backend)
+        drift, noise = dynamics.step_numbers(step_size)
+        factors = dynamics.chain_coefficients(step_size, 1.0, flat)
+        if factors is not None:
+            drift, noise = drift * factors[:, :1], noise * factors[:, 2:]
+        chains = flat.shape[0]
+        place = {"first_chain": first_chain, "backend": backend}
+        here = target(flat.clone())  # what comes back is never the caller's memory
+        accepted = torch.zeros(chains, dtype=torch.int64, device=flat.device)
+        energies, trajectory = [], []
+        for k in range(n_steps):
+            step = (first_step + k) % COUNTER_RANGE
+            there = target(
+                langevin_step(
+                    here.z,
+                    here.grad,
+                    step_size=step_size,
+                    prior=prior,
+                    maximize=maximize,
+                    noise_key=key,
+                    step=step,
+                    **place,
+                )
             )
+            normal = langevin_noise(
+                key, 1, chains, 1, first_step=step, stream=ACCEPT_REJECT, device=flat.device, dtype=flat.dtype, **place
+            )
+            log_u = torch.special.log_ndtr(normal[0, :, 0])  # Φ of a normal is uniform
+            log_ratio = there.log_density - here.log_density
+            log_ratio += _log_q(here, there, drift, noise) - _log_q(there, here, drift, noise)
+            # False where the ratio is not a number
+            accept = (log_u < log_ratio) & torch.isfinite(there.log_density)
+            here = _State(*(_where(accept, new, old) for new, old in zip(there, here, strict=True)))
+            accepted = accepted + accept
+            if (k + 1) % thin == 0:
+                energies.append(here.energy)
+                if return_trajectory:
+                    trajectory.append(here.z)
+        empty = flat.new_empty((0, *flat.shape))
+        info = MALAInfo(
+            accepted.to(flat.dtype) / max(n_steps, 1),
+            torch.stack(energies) if energies else empty[:, :, 0],
+            (torch.stack(trajectory) if trajectory else empty) if return_trajectory else None,
         )
-        normal = langevin_noise(
-            key, 1, chains, 1, first_step=step, stream=ACCEPT_REJECT, device=flat.device, dtype=flat.dtype, **place
-        )
-        log_u = torch.special.log_ndtr(normal[0, :, 0])  # Φ of a normal is uniform
-        log_ratio = there.log_density - here.log_density
-        log_ratio += _log_q(here, there, drift, noise) - _log_q(there, here, drift, noise)
-        # False where the ratio is not a number
-        accept = (log_u < log_ratio) & torch.isfinite(there.log_density)
-        here = _State(*(_where(accept, new, old) for new, old in zip(there, here, strict=True)))
-        accepted = accepted + accept
-        if (k + 1) % thin == 0:
-            energies.append(here.energy)
-            if return_trajectory:
-                trajectory.append(here.z)
-    empty = flat.new_empty((0, *flat.shape))
-    info = MALAInfo(
-        accepted.to(flat.dtype) / max(n_steps, 1),
-        torch.stack(energies) if energies else empty[:, :, 0],
-        (torch.stack(trajectory) if trajectory else empty) if return_trajectory else None,
-    )
-    return layout.restore(here.z), info
+        return layout.restore(here.z), info
 
 
 class _State(NamedTuple):

@@ -86,6 +86,11 @@ def unwatched() -> bool:
     return _modes_of_dispatch() == 0 and _transforms() is None
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work around this call."""
+    return _transforms() is not None
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph records what is done on that device now."""
     return device != _CPU and device.type == "cuda" and torch.cuda.is_current_stream_capturing()

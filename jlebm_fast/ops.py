@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from . import backends
 from .backends import cpu_plain, eager, float64
-from .checks import SUPPORTED_DTYPES, check_like, describe, dtype_name
+from .checks import SUPPORTED_DTYPES, check_like, describe, dtype_name, traced
 from .modes import autocast_enabled, capturing, chain_mode, watched
 from .problem import ACTIVATIONS, HEADS, MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
 from .rng import COUNTER_RANGE, check_noise_key, key_number
@@ -37,7 +37,8 @@ def langevin_noise(
 ) -> Tensor:
     """The noise field eps [n_steps, chains, dim] of a key."""
     place = (noise_key, n_steps, chains, dim, first_step, first_chain, stream, torch.device(device), dtype, backend)
-    if watched():
+    if watched():  # as in `_check_counters`
+        _check_noise(*place[:7], dtype)
         return registration().langevin_noise(*place)
     return direct_noise(*place)
 
@@ -45,6 +46,7 @@ def langevin_noise(
 def langevin_step(z: Tensor, grad: Tensor, update: Update, *, backend: str = "auto") -> Tensor:
     """One update of z [chains, dim] with a given gradient [chains, dim]; the result is detached."""
     if watched(z):
+        _check_counters(update)
         return registration().langevin_step(z, grad, update, backend)
     return direct_step(z, grad, update, backend)
 
@@ -61,6 +63,7 @@ def mlp_langevin_chain(
 ) -> ChainResult:
     """n_steps updates of z [chains, dim] with the MLP's own gradient; all results are detached."""
     if watched(z):
+        _check_counters(update)
         return registration().mlp_langevin_chain(z, mlp, update, n_steps, record, backend)
     return direct_chain(z, mlp, update, n_steps, record, backend)
 
@@ -95,15 +98,7 @@ def direct_noise(
         out = cpu_plain.langevin_noise(noise_key, n_steps, chains, dim, first_step, first_chain, stream, device, dtype)
         if out is not None:
             return out
-    check_noise_key(noise_key)
-    check_count("n_steps", n_steps)
-    check_count("chains", chains)
-    check_count("dim", dim)
-    check_counter("first_step", first_step)
-    check_counter("first_chain", first_chain)
-    check_counter("stream", stream)
-    if dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"dtype must be float32 or float64, got {dtype}")
+    _check_noise(noise_key, n_steps, chains, dim, first_step, first_chain, stream, dtype)
     if device != _CPU and device.type == "cuda":
         device = _usable_cuda(device)
     chosen = backends.choose("langevin_noise", backend, device=device, dtype=dtype)
@@ -119,6 +114,27 @@ def direct_noise(
         device=device,
         dtype=dtype,
     )
+
+
+def _check_noise(
+    noise_key: int | Tensor,
+    n_steps: int,
+    chains: int,
+    dim: int,
+    first_step: int,
+    first_chain: int,
+    stream: int,
+    dtype: torch.dtype,
+) -> None:
+    check_noise_key(noise_key)
+    check_count("n_steps", n_steps)
+    check_count("chains", chains)
+    check_count("dim", dim)
+    check_counter("first_step", first_step)
+    check_counter("first_chain", first_chain)
+    check_counter("stream", stream)
+    if dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"dtype must be float32 or float64, got {dtype}")
 
 
 def _usable_cuda(device: torch.device) -> torch.device:
@@ -188,6 +204,7 @@ def sampler_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Rec
     what is left to check is what a user owns, the parameters and the counters.
     """
     if watched(z):
+        _check_counters(update)
         return registration().mlp_langevin_chain(z, mlp, update, n_steps, record, backend)
     if backend in cpu_plain.BACKENDS:
         found = cpu_plain.mlp_langevin_chain(z, mlp, update, n_steps, record)
@@ -195,8 +212,7 @@ def sampler_chain(z: Tensor, mlp: MLP, update: Update, n_steps: int, record: Rec
             return found
     check_z(z, mlp.spec.dim)
     check_mlp(mlp, z)
-    check_counter("first_step", update.first_step)
-    check_counter("first_chain", update.first_chain)
+    _check_counters(update)
     return _chosen_chain(z, mlp, update, n_steps, record, backend)
 
 
@@ -242,18 +258,26 @@ def _update_for(chosen: ModuleType, update: Update, device: torch.device) -> Upd
 
 
 def check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if (not isinstance(value, int) or isinstance(value, bool) or value < 0) and not traced(value):
         raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
 
 
 def check_counter(name: str, value: int) -> None:
     if type(value) is int and 0 <= value < COUNTER_RANGE:  # the usual case, at once
         return
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < COUNTER_RANGE:
+    if (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < COUNTER_RANGE) and not traced(value):
         raise ValueError(f"{name} must be an integer in [0, 2**32), got {value!r}")
 
 
+def _check_counters(update: Update) -> None:
+    """Needed before an operator too, which would refuse what is no integer in its own words, a compiler's."""
+    check_counter("first_step", update.first_step)
+    check_counter("first_chain", update.first_chain)
+
+
 def check_thin(thin: int) -> None:
+    if traced(thin):
+        return
     if not isinstance(thin, int) or isinstance(thin, bool) or thin < 1:
         raise ValueError(f"thin must be an integer >= 1, got {thin!r}")
     if thin >= 1 << 63:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import describe, whole
+from .checks import describe, traced, whole
 from .modes import capturing, under_a_mode, watched
 
 KEY_RANGE = 1 << 64
@@ -51,7 +51,11 @@ def draw_unwatched(generator: torch.Generator | None) -> int:
 
 def _drawn(words: Tensor, generator: torch.Generator | None) -> int:
     # torch.randint(0, 2**32, (2,)) by its parts, which cost half as much
-    low, high = words.random_(0, 1 << 32, generator=generator).tolist()
+    words.random_(0, 1 << 32, generator=generator)
+    if torch._is_functional_tensor(words):  # of torch.func.functionalize: its values lie in a tensor behind it
+        torch._sync(words)
+        words = torch._from_functional_tensor(words)
+    low, high = words.tolist()
     return low | (high << 32)
 
 
@@ -85,9 +89,16 @@ def noise_key_of(
         elif capturing(device):
             return draw_key_in_graph(generator, device)
         return draw_noise_key(generator, device)
-    if generator is not None:
-        raise ValueError("give either a generator or a noise_key, not both")
+    check_sources(None, noise_key, generator)
     return check_noise_key(noise_key)
+
+
+def check_sources(noise: object, noise_key: object, generator: object) -> None:
+    """That at most one says where the noise comes from."""
+    if noise is not None and (noise_key is not None or generator is not None):
+        raise ValueError("noise replaces the noise field: give either noise, or a generator or noise_key")
+    if noise_key is not None and generator is not None:
+        raise ValueError("give either a generator or a noise_key, not both")
 
 
 def check_generator(generator: torch.Generator) -> torch.Generator:
@@ -96,15 +107,17 @@ def check_generator(generator: torch.Generator) -> torch.Generator:
     return generator
 
 
-def check_noise_key(noise_key: int | Tensor) -> int | Tensor:
-    """`noise_key`: an unsigned 64-bit integer, or its bits in an int64 tensor of one element."""
+def check_noise_key(noise_key: int | Tensor, name: str = "noise_key") -> int | Tensor:
+    """`noise_key`: an unsigned 64-bit integer, or its bits in an int64 tensor of one element. name: what the caller of
+    the package knows it by."""
     if isinstance(noise_key, Tensor):
         if noise_key.dtype == torch.int64 and noise_key.numel() == 1:
             return noise_key
-        raise ValueError(f"noise_key as a tensor must be [1] int64, got {describe(noise_key)}")
+        raise ValueError(f"{name} as a tensor must be [1] int64, got {describe(noise_key)}")
     noise_key = whole(noise_key)
-    if not isinstance(noise_key, int) or isinstance(noise_key, bool) or not 0 <= noise_key < KEY_RANGE:
-        raise ValueError(f"noise_key must be an integer in [0, 2**64), got {noise_key!r}")
+    wrong = not isinstance(noise_key, int) or isinstance(noise_key, bool) or not 0 <= noise_key < KEY_RANGE
+    if wrong and not traced(noise_key):
+        raise ValueError(f"{name} must be an integer in [0, 2**64), got {noise_key!r}")
     return noise_key
 
 

@@ -20,7 +20,7 @@ from .explanation import explain
 from .latents import LatentLayout, Latents, flatten_latents, flatten_mask
 from .modes import capturing, chain_mode, device_of, unwatched, watched
 from .problem import ChainResult, MLPSpec, Record, Update
-from .rng import COUNTER_RANGE, draw_unwatched, noise_key_of
+from .rng import COUNTER_RANGE, check_sources, draw_unwatched, noise_key_of
 
 PRECISIONS = (None, *precision.NAMES)
 _CPU = torch.device("cpu")
@@ -95,7 +95,8 @@ class FastLangevin:
     n_steps: int = dataclasses.field(default=60, kw_only=True)
     step_size: float | Sequence[float] | Tensor = dataclasses.field(default=0.4, kw_only=True)
     noise_scale: float | Sequence[float] | Tensor = dataclasses.field(default=1.0, kw_only=True)
-    prior: GaussianPrior | None = dataclasses.field(default=STANDARD_NORMAL, kw_only=True)
+    # from a function: a tracer finds the prior through the names in it, but cannot say where a default value comes from
+    prior: GaussianPrior | None = dataclasses.field(default_factory=lambda: STANDARD_NORMAL, kw_only=True)
     maximize: bool = dataclasses.field(default=True, kw_only=True)
     backend: str = dataclasses.field(default="auto", kw_only=True)
     precision: str | None = dataclasses.field(default=None, kw_only=True)
@@ -321,8 +322,7 @@ class FastLangevin:
     ) -> ChainResult:
         """The chain on the flat tensor, where maximize has become a sign: f = sign · energy."""
         sign = 1.0 if self.maximize else -1.0
-        if log_likelihood is not None and not callable(log_likelihood):
-            raise ValueError(f"log_likelihood must be a callable or None, got {type(log_likelihood).__name__}")
+        stepwise.check_likelihood(log_likelihood)
         likelihood = None if log_likelihood is None else stepwise.Likelihood(log_likelihood, layout)
         mlp, quadratic = self._source.mlp(flat, layout, context, y, sign, self.n_steps)
         energy = None
@@ -380,8 +380,7 @@ class FastLangevin:
         first_chain: int,
     ) -> Update:
         if noise is not None:
-            if noise_key is not None or generator is not None:
-                raise ValueError("noise replaces the noise field: give either noise, or a generator or noise_key")
+            check_sources(noise, noise_key, generator)
             noise, noise_key = self._flat_noise(noise, flat, layout), 0
         coefficients, mean, precision = self._constant_terms(flat)
         return Update(

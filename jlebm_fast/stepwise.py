@@ -20,7 +20,7 @@ from . import ops
 from .captured import Capture, Step, captured_chain
 from .checks import describe
 from .latents import LatentLayout
-from .modes import chain_mode
+from .modes import chain_mode, transformed
 from .problem import MLP, ChainResult, Record, Update
 from .quadratic import Quadratic
 
@@ -42,6 +42,22 @@ def _gradient(name: str, value: Tensor, z: Tensor) -> Tensor:
     return grad.contiguous()
 
 
+def check_likelihood(log_likelihood: object) -> None:
+    if log_likelihood is not None and not callable(log_likelihood):
+        raise ValueError(f"log_likelihood must be a callable or None, got {type(log_likelihood).__name__}")
+
+
+def _leaf(name: str, flat: Tensor) -> Tensor:
+    """The latents as autograd starts from them."""
+    if transformed():
+        raise ValueError(
+            f"{name} needs autograd at every step, which torch.func (vmap, grad, functionalize and others) does not "
+            "allow inside: call outside the transform, or with an energy that is recognised as an MLP (`explain`) and "
+            "no log_likelihood"
+        )
+    return flat.detach().requires_grad_()
+
+
 class AnyEnergy(NamedTuple):
     """A user's energy as (value [chains], gradient [chains, dim]) of sign · energy on flat latents."""
 
@@ -53,7 +69,7 @@ class AnyEnergy(NamedTuple):
 
     def __call__(self, flat: Tensor, with_value: bool = True) -> tuple[Tensor | None, Tensor]:
         with chain_mode(flat.device, gradients=True):
-            z = flat.detach().requires_grad_()
+            z = _leaf("energy", flat)
             options = {name: v for name, v in (("context", self.context), ("y", self.y)) if v is not None}
             value = self.energy(self.layout.restore(z), **options)
             chains = flat.shape[0]
@@ -93,7 +109,7 @@ class Likelihood(NamedTuple):
 
     def __call__(self, flat: Tensor) -> Tensor:
         with chain_mode(flat.device, gradients=True):
-            z = flat.detach().requires_grad_()
+            z = _leaf("log_likelihood", flat)
             value = self.log_likelihood(self.layout.restore(z))
             chains = flat.shape[0]
             if not isinstance(value, Tensor) or tuple(value.shape) not in (

@@ -16,7 +16,7 @@ from jlebm_fast import backends
 from jlebm_fast.bench import machine, parity, report, rivals, sections, tables, timing, worker
 from jlebm_fast.bench.cases import CASES, HS, LEBM, mlp_of
 from jlebm_fast.bench.sections import sampler_of
-from jlebm_fast.training.errors import RunError
+from jlebm_fast.errors import RunError
 
 
 @pytest.mark.parametrize(("name", "megaflop"), [("HS", 0.033), ("FID", 0.060), ("LEBM", 0.241), ("WIDE", 4.40)])

@@ -1,7 +1,10 @@
 """torch.compile without graph breaks: the same noise and values as eager, for training steps and sampling alone."""
 
 import copy
+import inspect
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -214,11 +217,13 @@ def test_options(compiler):
     torch.testing.assert_close(compiled(), prior(z, context=c, noise=noise), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("energy", ["callable", "likelihood", "generator"])
+@pytest.mark.parametrize("energy", ["callable", "likelihood", "generator", "numpy"])
 def test_what_no_graph_can_hold_runs_between_two(energy):
     f = jf.EnergyMLP(5, 12, 2)
     prior = jf.FastLangevin((lambda z: f(z)) if energy == "callable" else f, n_steps=4)
     options = {"noise_key": 4}
+    if energy == "numpy":
+        options["first_step"] = np.int64(3)
     if energy == "likelihood":
         options["log_likelihood"] = lambda z: -(z**2).sum()
     z = normal(6, 5)
@@ -258,3 +263,94 @@ def test_functions_in_a_graph(backend):
     given, drawn = torch.compile(call, fullgraph=True, backend="aot_eager")(z, grad)
     assert torch.equal(given, drawn)
     assert torch.equal(drawn, call(z, grad)[1])
+
+
+PLACE = {"noise_key": 1}
+BAD = {
+    "no latents": (lambda f, z: jf.FastLangevin(f)("z"), "z must be a tensor .* got str"),
+    "no layers": (lambda f, z: jf.FastLangevin(f)([]), "z must be a tensor .* got an empty list"),
+    "thin": (lambda f, z: jf.FastLangevin(f)(z, thin=0), "thin must be an integer >= 1, got 0"),
+    "half thin": (lambda f, z: jf.FastLangevin(f)(z, thin=1.5), "thin must be an integer >= 1, got 1.5"),
+    "first_step": (lambda f, z: jf.FastLangevin(f)(z, first_step=1.5), r"first_step must be an integer in .* got 1.5"),
+    "first_chain": (lambda f, z: jf.FastLangevin(f)(z, first_chain=1 << 64), "first_chain must be an integer in"),
+    "noise": (lambda f, z: jf.FastLangevin(f, n_steps=6)(z, noise=z), r"noise must be \[6, 4, 5\] float32 on cpu, got"),
+    "generator": (lambda f, z: jf.FastLangevin(f)(z, generator=3), "generator must be a torch.Generator or None"),
+    "likelihood": (lambda f, z: jf.FastLangevin(f)(z, log_likelihood=3), "log_likelihood must be a callable or None"),
+    "n_steps": (lambda f, z: jf.FastLangevin(f, n_steps=-1)(z), "n_steps must be an integer >= 0, got -1"),
+    "step sizes": (
+        lambda f, z: jf.FastLangevin(f, n_steps=6, step_size=[0.1] * 5)(z),
+        "step_size as a sequence must have n_steps = 6 entries, got 5",
+    ),
+    "backend": (lambda f, z: jf.FastLangevin(f, backend="gpu")(z), "backend must be 'auto' or one of .* got 'gpu'"),
+    "step": (lambda f, z: jf.langevin_step(z, z, first_chain=1.5, **PLACE), "first_chain must be an integer in"),
+    "key": (lambda f, z: jf.langevin_noise(-1, 1, 3, 2), r"key must be an integer in \[0, 2\*\*64\), got -1"),
+    "shape": (lambda f, z: jf.langevin_noise(1, 1.5, 3, 2), "n_steps must be an integer >= 0, got 1.5"),
+}
+
+
+def refusal(call, f, z, kind, **options):
+    """What it says, without the lines of this file that Dynamo shows."""
+    with pytest.raises(kind) as refused:
+        torch.compile(lambda z: call(f, z), backend="aot_eager", **options)(z)
+    return str(refused.value).partition("from user code")[0]
+
+
+def raising(f, z):
+    raise ValueError("a sentence")
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_named_as_outside(call, message, fullgraph):
+    """Between two graphs by the same ValueError; in one, inside what Dynamo says of any exception."""
+    f, z = jf.EnergyMLP(5, 12, 2), normal(4, 5)
+    with pytest.raises(ValueError, match=message):
+        call(f, z)
+    kind = torch._dynamo.exc.Unsupported if fullgraph else ValueError
+    if fullgraph and "a sentence" not in refusal(raising, f, z, kind, fullgraph=True):
+        pytest.skip("this torch does not say which exception it saw")
+    assert re.search(message, refusal(call, f, z, kind, fullgraph=fullgraph))
+
+
+REFUSED = {
+    "likelihood": ({"log_likelihood": lambda z: -(z**2).sum()}, "takes autograd at every step"),
+    "generator": ({"generator": torch.Generator()}, "draw outside, and pass noise_key= as a tensor"),
+    "numpy": ({"thin": np.int64(2)}, "give thin, first_step and first_chain as int"),
+    "energy": ({}, "call the sampler once outside the graph"),
+}
+
+
+@pytest.mark.skipif(
+    "reason" not in inspect.signature(torch.compiler.disable).parameters, reason="torch has no place for a reason"
+)
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_no_graph_can_hold_is_refused_with_its_remedy(options, message):
+    energy = jf.EnergyMLP(5, 12, 2) if options else nn.Sequential(nn.Linear(5, 1))
+    prior = jf.FastLangevin(energy, n_steps=4)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=rf"reason: .*{message}"):
+        torch.compile(lambda z: prior(z, **options), fullgraph=True, backend="aot_eager")(normal(4, 5))
+
+
+def test_a_sampler_made_inside():
+    f, z = jf.EnergyMLP(5, 12, 2), normal(4, 5)
+
+    def call(z):
+        usual = jf.FastLangevin(f, n_steps=4)(z, noise_key=1)
+        return usual, jf.FastLangevin(f, n_steps=4, prior=jf.GaussianPrior(std=2.0))(z, noise_key=1)
+
+    for ours, theirs in zip(torch.compile(call, fullgraph=True, backend="aot_eager")(z), call(z), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("call", [jf.energy_and_grad, lambda f, z: jf.mala(f, z, n_steps=2, noise_key=1)])
+def test_functions_of_a_module_of_ones_own_run_between_two_graphs(call):
+    net, z = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 1)), normal(4, 5)
+    run = lambda z: call(net, z + 1)[0] * 2  # noqa: E731
+    torch.testing.assert_close(torch.compile(run, backend="aot_eager")(z), run(z), rtol=1e-5, atol=1e-6)
+
+
+def test_mala_of_an_energy_mlp_in_one_graph():
+    f, z = jf.EnergyMLP(5, 12, 2), normal(4, 5)
+    run = lambda z: jf.mala(f, z, n_steps=3, noise_key=1)[0]  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z), run(z), rtol=0, atol=1e-6)

@@ -1,10 +1,13 @@
-"""The Python of README.md and docs/ runs as written: each document's blocks in order, in one namespace."""
+"""The Python of README.md and docs/ runs as written: each document's blocks in order, in one namespace; and guides
+through the code leave no file out."""
 
 import pathlib
 import re
 
 import pytest
 import torch
+
+import jlebm_fast.recognition
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -28,3 +31,9 @@ def test_code_runs(name, capsys):
         # as many empty lines before it as the document has: a traceback names the document's own line
         lines_before = text.count("\n", 0, block.start(1))
         exec(compile("\n" * lines_before + block[1], name, "exec"), namespace)
+
+
+def test_the_way_through_recognition_has_a_line_for_every_file():
+    here = jlebm_fast.recognition
+    lines = re.findall(r"^(?:    \d  | {7})(\w+) {2,}\S", here.__doc__, re.MULTILINE)
+    assert set(lines) == {path.stem for path in pathlib.Path(here.__file__).parent.glob("[!_]*.py")}

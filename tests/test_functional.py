@@ -172,6 +172,24 @@ def test_a_device_that_torch_does_not_know_is_named():
         jf.langevin_noise(1, 2, 3, 4, device="nope")
 
 
+def outside_what_was_made_in_inference_mode(tensor):
+    """What torch refuses of an inference tensor: to be written, and to be saved for a backward."""
+    weight = torch.ones(tensor.shape[-1], dtype=tensor.dtype, requires_grad=True)
+    (weight * tensor.add_(1)).sum().backward()
+    return weight.grad
+
+
+def test_noise_made_in_inference_mode_can_be_used_outside(backend):
+    with torch.inference_mode():
+        noise = jf.langevin_noise(3, 4, 6, 5, device=backend.device, backend=backend.name)
+    assert torch.equal(noise, jf.langevin_noise(3, 4, 6, 5, device=backend.device, backend=backend.name))
+    z = jf.FastLangevin(jf.EnergyMLP(5, 8, 1).to(backend.device), n_steps=4, backend=backend.name).sample(
+        noise[0], noise=noise, return_info=True
+    )[0]
+    assert not z.is_inference()
+    assert outside_what_was_made_in_inference_mode(noise.cpu()).shape == (5,)
+
+
 def test_one_chain_may_have_a_scalar_for_its_energy():
     def squeezed(z):
         return z.square().sum(dim=1, keepdim=True).squeeze()

@@ -88,6 +88,11 @@ def test_core_imports_need_torch_and_numpy_alone():
     assert done.returncode == 0, done.stderr
 
 
+def test_errors_of_the_command_line_need_no_training():
+    done = run_python("import sys, jlebm_fast.cli; print([n for n in sys.modules if 'jlebm_fast.training' in n])")
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 def test_setup_never_imports_torch():
     tree = ast.parse((ROOT / "setup.py").read_text())
     imported = set()

@@ -349,6 +349,19 @@ def test_vmap_and_noise():
     assert torch.equal(torch.func.vmap(step)(z)[1], step(z[1]))
 
 
+def test_functionalize_draws_the_key_of_a_plain_call():
+    z, prior = torch.randn(6, 5), jf.FastLangevin(_energy(), n_steps=2)
+    for run in (prior, lambda z: jf.langevin_step(z, z), lambda z: jf.mala(prior.energy, z, n_steps=2)[0]):
+        torch.manual_seed(4)
+        expected = run(z)
+        torch.manual_seed(4)
+        assert torch.equal(torch.func.functionalize(run)(z), expected)
+    for options in ({"energy": lambda z: z.sum(1)}, {"energy": prior.energy, "log_likelihood": torch.sum}):
+        energy = jf.FastLangevin(options.pop("energy"), n_steps=2)
+        with pytest.raises(ValueError, match=r"needs autograd at every step, which torch.func .* does not allow"):
+            torch.func.functionalize(lambda z, e=energy, o=options: e(z, **o))(z)
+
+
 # --- gradients by torch.func, and forward mode ------------------------------------------------------------------------
 
 

@@ -29,8 +29,8 @@ from jlebm_fast.backends import _native, cpu, eager, native_fields
 from jlebm_fast.bench import machine, report
 from jlebm_fast.bench.cases import CASES, LEBM, mlp_of
 from jlebm_fast.bench.sections import energy_of, sampler_of
+from jlebm_fast.errors import RunError
 from jlebm_fast.problem import MLP, MLPSpec, Update
-from jlebm_fast.training.errors import RunError
 
 POSTERIOR_STEPS, POSTERIOR_STEP_SIZE, SIGMA = 20, 0.1, 0.3
 _NOISE_KEY = 20201206

@@ -19,7 +19,7 @@ from jlebm_fast import backends
 from jlebm_fast.bench import machine, parity, rivals, tables
 from jlebm_fast.bench.cases import CASES
 from jlebm_fast.bench.sections import MANY
-from jlebm_fast.training.errors import RunError
+from jlebm_fast.errors import RunError
 
 CaseName = Literal["HS", "FID", "LEBM", "WIDE", "LONG"]
 RivalName = Literal["eager", "compiled", "jax", "torchebm"]

@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from jlebm_fast.training.errors import INTERRUPTED, RunError
+from jlebm_fast.errors import INTERRUPTED, RunError
 
 from .settings import FULL, PARTS, QUICK, Settings
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from jlebm_fast.errors import ImageError, RunError
 from jlebm_fast.models import Batch, LearningRates, LearningStep, build
-from jlebm_fast.training.errors import ImageError, RunError
 from jlebm_fast.training.files import write_atomically
 from jlebm_fast.training.inception import inception_fid, require_inception
 from jlebm_fast.training.progress import progress_bar

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from jlebm_fast.errors import RunError
 from jlebm_fast.models import NonFiniteLoss
 from jlebm_fast.training.checkpoints import load_checkpoint, save_checkpoint
 from jlebm_fast.training.distributed import Ranks
-from jlebm_fast.training.errors import RunError
 from jlebm_fast.training.files import write_atomically
 from jlebm_fast.training.progress import progress_bar
 from jlebm_fast.training.run_folder import RunConfig, RunFolder, pick_device

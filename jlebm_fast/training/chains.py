@@ -11,7 +11,7 @@ from jlebm_fast.functional import langevin_noise
 from jlebm_fast.models import LearningStep
 from jlebm_fast.rng import INITIAL_Z
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 
 class PersistentChains:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .files import write_atomically
 
 TENSOR_MARK = "__tensor__"  # stands in the JSON text where a tensor was

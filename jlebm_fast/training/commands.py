@@ -13,7 +13,7 @@ import tyro
 from jlebm_fast.experiments.command import Reproduce
 from jlebm_fast.status import print_versions
 
-from .errors import RunError
+from ..errors import RunError
 from .options import TrainOptions, require_seed
 from .run_folder import RunFolder
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import ImageError
+from ..errors import ImageError
 from .progress import progress_bar
 
 AUTOMATIC_SIZES = (16, 32, 64)  # image_size=None takes the smallest that holds the images, or shrinks to the last

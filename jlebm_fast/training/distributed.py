@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import RunError
+from ..errors import RunError
 
 CPU = torch.device("cpu")
 # A rank that says nothing for so long is taken for dead: the others end within a minute of its death.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from jlebm_fast.models import LatentModel
 
+from ..errors import ImageError, RunError
 from .diagnostics import LONG_STEPS, Histogram, bias, energy_of, mixing
-from .errors import ImageError, RunError
 from .figures import DPI, save_figure
 from .files import require_writable, write_atomically
 from .frechet import NonFiniteFeatures, frechet_to_held_out

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .errors import RunError
+from ..errors import RunError
 
 FIRST_WEIGHT = "Conv2d_1a_3x3.conv.weight"  # of the net's first layer, as torch-fidelity calls it
 

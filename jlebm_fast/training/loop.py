@@ -19,9 +19,9 @@ import torch
 
 from jlebm_fast.models import NonFiniteLoss, used_fields
 
+from ..errors import CheckpointError, RunError
 from .checkpoints import save_checkpoint
 from .distributed import Ranks, joined_ranks, local_device
-from .errors import CheckpointError, RunError
 from .options import TrainOptions
 from .progress import progress_bar
 from .run_folder import RunConfig, RunFolder, pick_device

@@ -7,7 +7,7 @@ from typing import Literal
 
 from jlebm_fast.models import MODELS, LearningRates, ModelConfig, resolve_prior, used_fields
 
-from .errors import RunError
+from ..errors import RunError
 
 # Options that may change when a run goes on: they move its end, what it writes when, or where it reads and computes.
 # That --data leads to the same images is seen from their fingerprint. Another device has other roundings.

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import RunError
+from ..errors import RunError
 
 WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", dict: "an object"}
 
@@ -27,7 +27,7 @@ def require_fields(values: Mapping[str, Any], kinds: type | Mapping[str, Any], p
         >>> require_fields({"steps": 3, "rate": 1}, {"steps": int, "rate": float})
         >>> require_fields({"steps": 2.5}, {"steps": int})
         Traceback (most recent call last):
-        jlebm_fast.training.errors.RunError: steps must be an integer, got 2.5
+        jlebm_fast.errors.RunError: steps must be an integer, got 2.5
     """
     kinds = kinds if isinstance(kinds, Mapping) else typing.get_type_hints(kinds)
     for name, value in values.items():

@@ -14,9 +14,9 @@ import torch
 
 from jlebm_fast.models import MODELS, LatentModel, build
 
+from ..errors import CheckpointError, RunError
 from .averaging import put_parameters
 from .checkpoints import load_checkpoint
-from .errors import CheckpointError, RunError
 from .files import write_atomically
 from .options import TrainOptions
 from .read_fields import require_fields

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jlebm_fast.models import LatentModel
 
-from .errors import RunError
+from ..errors import RunError
 from .files import whole_file
 from .run_folder import numbered_pngs, open_run
 from .sources import to_pixels

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import ImageError
 from .decoding import decode_images
-from .errors import ImageError
 from .splits import Chosen, Parts, chosen, split_images, split_tables, split_word, walk
 from .tables import Encoded, Found, first_line, read_parquet, rows
 
@@ -170,7 +170,8 @@ def load_images(source: str, image_size: int | None = None, *, held_out_only: bo
     Arguments:
         source: "digits", a name in `HUB_SOURCES`, or the path of a Parquet file, of a folder with Parquet files, or
             of a folder with images (class subfolders become labels). Files and folders with names of splits become
-            the splits (`splits.SPLIT_WORDS`); what is hidden is not read. A label below 0 is none, as the hub has it.
+            the splits (`splits.SPLIT_WORDS`), or else values of a Parquet column "split" do; what is hidden is not
+            read. A label below 0 is none, as the hub has it.
         image_size: pixels a side, a power of two; None takes the smallest of 16, 32, 64 that holds the images, and
             shrinks larger ones to the last.
         held_out_only: decode no training images, for figures of a finished run; `train` is empty then.

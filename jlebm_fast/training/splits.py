@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .errors import ImageError
+from ..errors import ImageError
 
 # What names of files and folders call the splits: the words of the hub, and of the files that MNIST comes in.
 SPLIT_WORDS = {

@@ -1,4 +1,4 @@
-"""Images in tables: the columns of images and of class labels, and Parquet files."""
+"""Images in tables: the columns of images, of class labels and of splits, and Parquet files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .errors import ImageError
-from .splits import Chosen, Parts
+from ..errors import ImageError
+from .splits import SPLIT_WORDS, Chosen, Parts, chosen, split_word
 
 IMAGE_COLUMNS = ("image", "img", "png", "jpg")
 LABEL_COLUMNS = ("label", "labels", "class")  # the first that is there, whatever it holds
 # taken where they hold integers, one of them alone in a table: they are also called so for other reasons
 OTHER_LABEL_COLUMNS = ("fine_label", "digit", "target", "targets", "cls", "classes", "y")
+SPLIT_COLUMN = "split"
 ROWS_AT_ONCE = 1000
 
 
@@ -34,11 +35,20 @@ class Found(NamedTuple):
     columns: tuple[str, ...] = ()
 
 
+class Said(NamedTuple):
+    """What the split column of a table says of one image: the value, and where it stands."""
+
+    value: Any
+    column: str
+    origin: str
+
+
 def read_parquet(root: pathlib.Path, files: Chosen) -> Found:
-    """The images of Parquet files, still encoded.
+    """The images of Parquet files, still encoded; where their names speak of nothing held out, split by a column.
 
     Raises:
-        ImageError: a file is damaged, has no column of images, or a row has none.
+        ImageError: a file is damaged, has no column of images, or a row has none; the column of splits has other values
+            too, or nothing to train on.
     """
     import datasets
     import pyarrow.lib
@@ -46,6 +56,7 @@ def read_parquet(root: pathlib.Path, files: Chosen) -> Found:
 
     columns: dict[str, None] = {}
     notes = dict.fromkeys(files.notes)
+    said: list[Said | None] = []  # of the images read so far, None where a table has no column of splits
 
     def images(part: list[Parts]) -> Iterator[Encoded]:
         for file in (root.joinpath(*parts) for parts in part):
@@ -58,11 +69,53 @@ def read_parquet(root: pathlib.Path, files: Chosen) -> Found:
             label, why = _label_column(table)
             if why:
                 notes[why] = None
+            said.extend(_said_of_splits(table, str(file)))
             yield from rows(table, str(file), label, file.parent)
 
     train = list(images(files.train))
-    held_out = None if files.held_out is None else list(images(files.held_out))
-    return Found(train, held_out, tuple(notes), tuple(columns))
+    if files.held_out is not None:
+        return Found(train, list(images(files.held_out)), tuple(notes), tuple(columns))
+    source = root if len(files.train) != 1 else root.joinpath(*files.train[0])
+    found = _by_column(str(source), train, said)
+    return Found(found.train, found.held_out, (*notes, *found.notes), tuple(columns))
+
+
+def _said_of_splits(table: Any, origin: str) -> list[Said | None]:
+    """What its column of splits says of each row; a class label's name is what it says."""
+    column = next((name for name in table.column_names if name.lower() == SPLIT_COLUMN), None)
+    if column is None:
+        return [None] * len(table)
+    values = table.data.column(column).to_pylist()
+    names = getattr(table.features[column], "names", None)
+    if names is not None:
+        values = [names[value] if value is not None and 0 <= value < len(names) else value for value in values]
+    return [Said(value, column, f"row {i} of {origin}") for i, value in enumerate(values)]
+
+
+def _by_column(source: str, images: list[Encoded], said: list[Said | None]) -> Chosen:
+    """The images by what the column of splits says of each: all to train on where it tells none from another.
+
+    Raises:
+        ImageError: some of its values are names of splits and some are not, or there is nothing to train on.
+    """
+    splits = [split_word(s.value.strip()) if s is not None and isinstance(s.value, str) else None for s in said]
+    other = next((s for s, split in zip(said, splits, strict=True) if s is not None and split is None), None)
+    named = next((s for s, split in zip(said, splits, strict=True) if split is not None), None)
+    if other is not None and named is not None:
+        raise ImageError(
+            f'column "{other.column}" must have the name of a split in every row, {", ".join(SPLIT_WORDS)}, got '
+            f"{other.value!r} in {other.origin} beside {named.value!r} in {named.origin}: write one of these names "
+            "there, or rename the column if it is no split"
+        )
+    if other is not None:
+        return Chosen(images, None, (f'not split by the column "{other.column}": {other.value!r} is no split',))
+    if len(set(splits)) < 2 or not set(splits) - {"train", None}:
+        return Chosen(images, None, ())
+    by_split: dict[str | None, list[Encoded]] = {}
+    for image, split in zip(images, splits, strict=True):
+        by_split.setdefault(split, []).append(image)
+    found = chosen(source, by_split, "image")
+    return found._replace(notes=(f'split by the column "{named.column}"', *found.notes))
 
 
 def _label_column(table: Any) -> tuple[str | None, str]:

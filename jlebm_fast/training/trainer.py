@@ -11,11 +11,11 @@ from torch import Tensor
 
 from jlebm_fast.models import Batch, LearningStep, NonFiniteLoss
 
+from ..errors import CheckpointError, RunError
 from .averaging import ParameterAverage
 from .chains import PersistentChains
 from .checkpoints import load_checkpoint
 from .distributed import Ranks
-from .errors import CheckpointError, RunError
 from .run_folder import RunConfig, RunFolder, build_model, load_state
 from .schedules import rate_factor
 from .sources import Images, to_network

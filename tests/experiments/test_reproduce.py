@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from jlebm_fast.errors import RunError
 from jlebm_fast.experiments import drawing, work
 from jlebm_fast.experiments.cells import Plan, model_cell
 from jlebm_fast.experiments.command import usable_cores
@@ -29,7 +30,6 @@ from jlebm_fast.experiments.work import Place, StopRequested, run_cell, train_ce
 from jlebm_fast.models import MODELS
 from jlebm_fast.training import figures
 from jlebm_fast.training.checkpoints import load_checkpoint
-from jlebm_fast.training.errors import RunError
 from jlebm_fast.training.inception import inception_fid
 from jlebm_fast.training.trainer import Trainer
 

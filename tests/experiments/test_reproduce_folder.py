@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from test_reproduce import data, never, place, request_of  # noqa: F401  (fixtures)
 
+from jlebm_fast.errors import RunError
 from jlebm_fast.experiments import reproduce as module
 from jlebm_fast.experiments.cells import Plan, model_cell
 from jlebm_fast.experiments.command import Reproduce
 from jlebm_fast.experiments.reproduce import reproduce, time_estimate
 from jlebm_fast.experiments.work import read_images, run_cell, run_cells, save_images
 from jlebm_fast.models import JointEBM
-from jlebm_fast.training.errors import RunError
 from jlebm_fast.training.run_folder import locked
 
 

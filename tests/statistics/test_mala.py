@@ -97,6 +97,20 @@ def test_proposals_without_a_finite_density_are_rejected():
     assert float(z[:, 0].max()) <= 1.0
 
 
+@pytest.mark.parametrize("energy", [EnergyMLP(3, 8, 2), lambda z: -z.pow(4).sum(dim=1)], ids=["mlp", "callable"])
+def test_chains_made_in_inference_mode_can_be_used_outside(energy):
+    """Torch refuses to write an inference tensor and to save one for a backward."""
+    options = {"n_steps": 3, "noise_key": 5, "return_trajectory": True}
+    plain = mala(energy, start(6, 3), **options)
+    with torch.inference_mode():
+        z, info = mala(energy, start(6, 3), **options)
+    torch.testing.assert_close((z, info), plain)
+    assert not FastLangevin(energy, n_steps=2).sample(z, return_info=True)[0].is_inference()
+    for tensor in (z, *info):
+        weight = torch.ones((), requires_grad=True)
+        (weight * tensor.add_(1)).sum().backward()
+
+
 def test_edges_and_wrong_arguments():
     z, info = mala(flat_energy, start(0), n_steps=3)
     assert z.shape == (0, 2)

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from jlebm_fast.errors import CheckpointError
 from jlebm_fast.models import LearningStep
 from jlebm_fast.training.chains import PersistentChains
-from jlebm_fast.training.errors import CheckpointError
 
 DIMS = (2, 3)
 

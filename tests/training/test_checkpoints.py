@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from jlebm_fast.errors import CheckpointError
 from jlebm_fast.training.checkpoints import load_checkpoint, save_checkpoint
-from jlebm_fast.training.errors import CheckpointError
 
 
 def example_state():

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from shapes import SMALL_RUN, write_folder
 
+from jlebm_fast.errors import RunError
 from jlebm_fast.models import JointEBM, ModelConfig
 from jlebm_fast.training import diagnostics, evaluation, frechet
-from jlebm_fast.training.errors import RunError
 from jlebm_fast.training.evaluation import evaluate, table
 from jlebm_fast.training.loop import train
 from jlebm_fast.training.options import TrainOptions

@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_loop import SMALL, assert_same_run
 
+from jlebm_fast.errors import RunError
 from jlebm_fast.models import JointEBM, NonFiniteLoss
 from jlebm_fast.training.checkpoints import load_checkpoint
-from jlebm_fast.training.errors import RunError
 from jlebm_fast.training.loop import train
 from jlebm_fast.training.options import TrainOptions
 from jlebm_fast.training.run_folder import open_run

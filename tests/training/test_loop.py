@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from shapes import TINY, write_folder
 
+from jlebm_fast.errors import RunError
 from jlebm_fast.training.checkpoints import load_checkpoint
-from jlebm_fast.training.errors import RunError
 from jlebm_fast.training.evaluation import evaluate
 from jlebm_fast.training.figures import make_figures
 from jlebm_fast.training.loop import train

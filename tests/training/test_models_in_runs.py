@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from shapes import write_folder
 
+from jlebm_fast.errors import RunError
 from jlebm_fast.models import MODELS, ModelConfig, used_fields
 from jlebm_fast.training import loop
 from jlebm_fast.training.checkpoints import load_checkpoint
-from jlebm_fast.training.errors import RunError
 from jlebm_fast.training.figures import make_figures
 from jlebm_fast.training.options import TrainOptions
 from jlebm_fast.training.run_folder import open_run
@@ -194,7 +194,7 @@ def test_pixels_given_as_numbers(tmp_path, value, words):
     if words is None:
         assert load_images(str(path)).train.shape[1:] == (1, 16, 16)
         return
-    from jlebm_fast.training.errors import ImageError
+    from jlebm_fast.errors import ImageError
 
     with pytest.raises(ImageError, match=words):
         load_images(str(path))

@@ -15,9 +15,9 @@ import torch
 from ranked_run import KINDS, recorded_run
 from shapes import TINY
 
+from jlebm_fast.errors import RunError
 from jlebm_fast.training.checkpoints import load_checkpoint
 from jlebm_fast.training.distributed import rank_and_size, require_one_process
-from jlebm_fast.training.errors import RunError
 from jlebm_fast.training.run_folder import RunFolder
 
 HERE = pathlib.Path(__file__).parent

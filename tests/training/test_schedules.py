@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from jlebm_fast.errors import CheckpointError
 from jlebm_fast.training.averaging import ParameterAverage, put_parameters
-from jlebm_fast.training.errors import CheckpointError
 from jlebm_fast.training.schedules import rate_factor
 
 

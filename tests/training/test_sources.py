@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from shapes import in_source_order, shape_pixels, write_folder
 
-from jlebm_fast.training.errors import ImageError
+from jlebm_fast.errors import ImageError
 from jlebm_fast.training.sources import load_images, to_network, to_pixels
 
 
@@ -247,3 +247,64 @@ def test_a_relative_path_is_named_with_the_folder_it_is_looked_for_in(tmp_path, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ImageError, match=f'no such file or folder: "photos" in "{tmp_path}"'):
         load_images("photos")
+
+
+def write_split_column(path, values, column="split"):
+    """One image for each value, bright where it is to be held out."""
+    bright = [str(value).lower().startswith(("t10k", "test")) for value in values]
+    pictures = [png(np.full((16, 16), 200 if held_out else 50, np.uint8)) for held_out in bright]
+    pyarrow.parquet.write_table(pyarrow.table({"image": pictures, column: values}), path)
+
+
+@pytest.mark.parametrize(("train", "test"), [("train", "test"), ("TRAIN", "Testing"), ("training", "t10k")])
+@pytest.mark.parametrize(("file", "column"), [("a", "split"), ("a", "Split"), ("train", "split")])
+def test_a_column_of_splits(tmp_path, file, column, train, test):
+    path = tmp_path / f"{file}.parquet"
+    write_split_column(path, [train, test, train, train, test], column)
+    for source in (path, tmp_path):
+        images = load_images(str(source))
+        assert (len(images.train), len(images.held_out)) == (3, 2)
+        assert (images.train.unique().tolist(), images.held_out.unique().tolist()) == ([50], [200])
+        assert images.summary.endswith(f'; split by the column "{column}"')
+        assert "held out from the training images" not in images.summary
+
+
+def test_a_column_of_splits_by_the_names_of_class_labels(tmp_path):
+    table = {"image": [Image.fromarray(shape_pixels(i)) for i in range(3)], "split": [0, 1, 0]}
+    kinds = {"image": datasets.Image(), "split": datasets.ClassLabel(names=["train", "test"])}
+    datasets.Dataset.from_dict(table, features=datasets.Features(kinds)).to_parquet(tmp_path / "a.parquet")
+    assert np.array_equal(load_images(str(tmp_path)).held_out[0, 0].numpy(), shape_pixels(1))
+
+
+@pytest.mark.parametrize(
+    ("values", "n_train", "note"),
+    [
+        (["fold 1", "fold 2"] * 5, 9, ("not split by the column \"split\": 'fold 1' is no split",)),
+        (["train"] * 10, 9, ()),
+        (["test"] * 10, 9, ()),
+        (["train"] * 5 + ["test"] * 3 + ["val"] * 2, 5, ("split by", 'left out: 2 images of the split "validation"')),
+    ],
+)
+def test_what_a_column_of_splits_does_not_tell(tmp_path, values, n_train, note):
+    write_split_column(tmp_path / "a.parquet", values)
+    images = load_images(str(tmp_path / "a.parquet"))
+    assert len(images.train) == n_train
+    assert all(n.startswith(start) for n, start in zip(images.notes, note, strict=True))
+
+
+@pytest.mark.parametrize("other", ["holdout", None, ""])
+def test_a_column_of_splits_and_of_something_else_is_refused(tmp_path, other):
+    write_split_column(tmp_path / "a.parquet", ["train", "test", other])
+    words = (
+        'column "split" must have the name of a split in every row, train, test, validation, extra, got '
+        rf"{other!r} in row 2 of .*a.parquet beside \'train\' in row 0 of .*a.parquet: write one of these names there"
+    )
+    with pytest.raises(ImageError, match=words):
+        load_images(str(tmp_path))
+
+
+def test_names_of_files_come_before_a_column_of_splits(tmp_path):
+    write_split_column(tmp_path / "train.parquet", ["train", "test", "no split"])
+    write_split_column(tmp_path / "test.parquet", ["test"])
+    images = load_images(str(tmp_path))
+    assert (len(images.train), len(images.held_out), images.notes) == (3, 1, ())

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from shapes import in_source_order, shape_pixels, write_folder
 
-from jlebm_fast.training.errors import ImageError
+from jlebm_fast.errors import ImageError
 from jlebm_fast.training.sources import load_images, source_order
 
 TRAIN, TEST = 50, 200  # brightness that tells of which split an image is
