@@ -27,14 +27,18 @@ PARITY_STEPS = 5
 # of the root mean square of z - z in float64 after five steps: the rounding of the operands, some dozens of terms
 ALLOWED = {"fp32": 1e-5, "tf32": 3e-3, "bf16": 3e-2}
 # torch.compile takes 20 to 40 s for each shape
+# warpgroups are for a full chip; their chain is compared where it is the plan's choice
+WARPGROUP, LEAST_WARPGROUP_CHAINS = "cuda bf16 warpgroup", 10_000
 COMPILED = {("HS", 100), ("LEBM", 100), ("LEBM", 10_000)}
 MOST_GRAPH_STEPS = 100  # a graph of the plain loop holds some 70 nodes for each step
 MOST_PLAIN_SHARE = 0.75  # of the device's memory for the activations that autograd keeps
 
 
-def parity_error(case: Case, network: nn.Sequential, device: torch.device, backend: str, precision: str) -> float:
-    """Root mean square of z - z in float64 over 100 chains."""
-    z = torch.cat(case.initial(100, seed=1), dim=1).to(device)
+def parity_error(
+    case: Case, network: nn.Sequential, device: torch.device, backend: str, precision: str, chains: int = 100
+) -> float:
+    """Root mean square of z - z in float64."""
+    z = torch.cat(case.initial(chains, seed=1), dim=1).to(device)
     energy = energy_of(case, network.cpu(), False).to(device)
     network.to(device)
     steps = {"n_steps": PARITY_STEPS, "step_size": case.step_size}
@@ -49,6 +53,8 @@ def names_of(case: Case, chains: int, dry_run: bool) -> Iterator[str]:
         yield from ("cpu fp32", "cpu fp32 spectral", "eager", "eager spectral")
         return
     yield from ("cuda fp32", "cuda tf32", "cuda bf16", "cuda fp32 (graph)", "cuda bf16 (graph)", "eager")
+    if chains >= LEAST_WARPGROUP_CHAINS and case.name in ("HS", "FID", "LEBM"):
+        yield WARPGROUP
     if backends.unavailable_reason("triton") is None:
         yield from ("triton fp32", "triton bf16")
     if case.spectral_norm and chains <= 10_000 and case.n_steps <= MOST_GRAPH_STEPS:
@@ -62,6 +68,8 @@ def names_of(case: Case, chains: int, dry_run: bool) -> Iterator[str]:
 def maker_of(name: str, case: Case, network: nn.Sequential, z: Tensor) -> contenders.Run:
     if name.endswith("(graph)"):
         return contenders.ours_replayed(case, network, z, name.split()[1])
+    if name == WARPGROUP:
+        return contenders.ours_by_warpgroups(case, network, z)
     if name.startswith(("cuda", "triton", "cpu")):
         return contenders.ours(case, network, z, *name.split())
     makers = {
@@ -150,7 +158,17 @@ class Bench:
             return None
         backend, precision = name.split()[:2]
         key = f"{case.name} {backend} {precision}"
-        if key not in self.parity:
+        if name == WARPGROUP:
+            key = f"{case.name} {name}"
+            if key not in self.parity:
+                cuda = backends.load("cuda")
+                with cuda.using_warpgroups(True):
+                    regime = cuda.regime("mlp_langevin_chain", case.spec, chains=LEAST_WARPGROUP_CHAINS, name=precision)
+                    if not regime.startswith("warpgroup"):
+                        return f"the plan's choice is {regime}"
+                    where = (network, self.device, backend, precision)
+                    self.parity[key] = parity_error(case, *where, chains=LEAST_WARPGROUP_CHAINS)
+        elif key not in self.parity:
             self.parity[key] = parity_error(case, network, self.device, backend, precision)
         error = self.parity[key]
         return None if error <= ALLOWED[precision] else f"parity: error {error:.3g}, allowed {ALLOWED[precision]:.3g}"

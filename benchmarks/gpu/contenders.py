@@ -1,6 +1,7 @@
 """What is timed: our backends in each precision, and what people run today, on the same weights and device.
 
     cuda fp32, tf32, bf16   FastLangevin.sample, Python and launch included      (graph)   the same call, replayed by a
+    cuda bf16 warpgroup     the same in the regime that is not used unless asked for
     triton fp32, bf16       the same through Triton, where it is there                     CUDA graph
     cuda fp32 spectral      the same with a spectral norm, converged once a call
     eager                   the loop of the published codes, one latent layer after the other
@@ -43,6 +44,16 @@ def ours(case: Case, network: nn.Sequential, z: Tensor, backend: str, precision:
     network.to(z.device)
     sampler = FastLangevin(energy, n_steps=case.n_steps, step_size=case.step_size, backend=backend, precision=precision)
     return lambda: sampler.sample(z)
+
+
+def ours_by_warpgroups(case: Case, network: nn.Sequential, z: Tensor) -> Run:
+    chain = ours(case, network, z, "cuda", "bf16")
+
+    def run() -> object:
+        with kernels_of(False).using_warpgroups(True):
+            return chain()
+
+    return run
 
 
 def ours_replayed(case: Case, network: nn.Sequential, z: Tensor, precision: str) -> Run:

@@ -143,6 +143,18 @@ JLEBM_DEVICE uint32_t pack_bf16(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
     return bits;
 }
+JLEBM_DEVICE int opaque(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+JLEBM_DEVICE int64_t opaque(int64_t v) {
+    asm volatile("" : "+l"(v));
+    return v;
+}
+JLEBM_DEVICE uint64_t opaque(uint64_t v) {
+    asm volatile("" : "+l"(v));
+    return v;
+}
 JLEBM_DEVICE uint32_t float_bits(float v) { return __float_as_uint(v); }
 JLEBM_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 JLEBM_DEVICE float from_bf16(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
@@ -152,6 +164,15 @@ JLEBM_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 JLEBM_DEVICE float sub_rn(float a, float b) { return __fsub_rn(a, b); }
 JLEBM_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 JLEBM_DEVICE float sqrt_rn(float a) { return __fsqrt_rn(a); }
+
+// The steps of sqrt.rn without its branch for what is not a normal number, which would end a block of the program twice
+// in each quadruple's noise.
+JLEBM_DEVICE float sqrt_rn_normal(float a) {
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+    const float s = __fmul_rn(a, r);
+    return __fmaf_rn(__fmaf_rn(-s, s, a), __fmul_rn(r, 0.5f), s);
+}
 
 // exp(v) = 2^y (1 + rest ln 2), y + rest = v log2(e) in twice the precision: ex2.approx alone would lose |v| ulp
 JLEBM_DEVICE float exp_few_ulp(float v) {

@@ -26,12 +26,22 @@
 //              ldmatrix_x1, _x2, _x4(r, row) and ldmatrix_x1_trans, …: lanes 8j … 8j+7 give the 16-byte rows of 8 x 8
 //              matrix j of 16-bit elements, 16-byte aligned, in shared memory; r[j]: elements (g, 2t) (g, 2t+1) of
 //              matrix j, low half first, of its transpose (2t, g) (2t+1, g) with _trans
+//   warpgroup  four consecutive warps, the first one's index a multiple of 4; compute capability 9.0 alone:
+//              wgmma_bf16<add, transposed>(d, a, b): d (+)= a b of 64 x N, d float[N / 2], a uint32_t[4], b of
+//              wgmma_operand; N 32, 64, 112 or 208. Warp w has rows 16 w to 16 w + 15: a as in mma_m16n8k16_bf16,
+//              d as 8 columns after the other in mma's d. b: 16 x N in shared memory as matrices of 8 x 8, 128 bytes
+//              each, a column's 8 elements of k side by side, or with `transposed` a row's 8 columns;
+//              wgmma_operand(shared, along_k, along_n): bytes from matrix to matrix; wgmma_operand_at(b, bytes) moves
+//              wgmma_begin() before the first one, wgmma_end(d) waits for all: between them nobody looks at d
+//              fence_for_wgmma() by whoever wrote shared memory that b names, before the barrier
+//   compiler   opaque(v): v, and nobody knows; what is computed from it is computed there
 //   copies     cp_async_4, _8, _16(shared, global, source_bytes = all): both aligned to the size; the
 //              rest is zero-filled. cp_async_commit(), cp_async_wait<groups that may still fly>(); then a barrier
 //              before other threads read
 //   rounding   to_tf32(float) -> bits, nearest (ties away); to_bf16(float) -> bits, nearest even;
 //              pack_bf16(low, high) -> two of them; from_bf16(bits); float_bits(v), bits_float(bits)
-//              mul_rn, add_rn, sub_rn, fma_rn, sqrt_rn: IEEE, never contracted
+//              mul_rn, add_rn, sub_rn, fma_rn, sqrt_rn: IEEE, never contracted; sqrt_rn_normal of what is at
+//              least 2^-100 and at most 2^100
 //   fast       exp_few_ulp(float), exp2_few_ulp(float), reciprocal_few_ulp(float): relative error below 4e-7 where the
 //              result is normal;
 //              expf, tanhf, erff, log1pf … are those of either C++ library
@@ -51,6 +61,7 @@
 #include "cuda/host/emulation.h"
 #elif defined(__CUDACC__)
 #include "cuda/chip.h"
+#include "cuda/chip_warpgroup.h"
 #else
 #error "device.h is for nvcc, or for any compiler with JLEBM_CUDA_ON_HOST defined"
 #endif

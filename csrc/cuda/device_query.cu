@@ -54,6 +54,9 @@ DeviceFacts device_facts(int device) {
     facts.capability = 10 * properties.major + properties.minor;
     facts.multiprocessors = properties.multiProcessorCount;
     facts.max_shared_bytes = int(properties.sharedMemPerBlockOptin);
+#if defined(JLEBM_CUDA_WARPGROUPS)
+    facts.warpgroups = facts.capability == 90; // sm_90a is machine code of this one capability
+#endif
     return facts;
 }
 

@@ -11,6 +11,7 @@ struct DeviceFacts {
     int capability = 0; // 90 is 9.0
     int multiprocessors = 0;
     int max_shared_bytes = 0; // of one block, when asked for
+    bool warpgroups = false;  // whether the kernels for its warpgroups are in this build and run there
 };
 
 int driver_version();      // 13000 is CUDA 13.0; 0 without a driver

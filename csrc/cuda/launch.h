@@ -24,6 +24,7 @@ struct CudaLaunch {
     int64_t workspace_bytes = 0;
     int multiprocessors = 0;  // of the device
     int max_shared_bytes = 0; // dynamic shared memory one block may ask for (232448 on H100, 166912 on A100, 101376)
+    bool warpgroups = false;  // compute capability 9.0, and the kernels for its warpgroups are in this build
 #if defined(JLEBM_CUDA_ON_HOST)
     uint64_t order_seed = 0; // permutes the threads of a block between barriers
 #endif

@@ -31,6 +31,8 @@ void run_mlp_call(MlpCall& call, const CudaLaunch& launch);
 template <int kPrecision>
 void enqueue_mlp_kernel(const MlpCall& call, const CudaLaunch& launch); // mlp_kernel_*.cu: one precision each
 
+void enqueue_mlp_warpgroup(const MlpCall& call, const CudaLaunch& launch); // mlp_kernel_warpgroup.cu
+
 int64_t mlp_workspace_bytes(const MlpNeeds& needs, const CudaLaunch& launch);
 std::string mlp_regime(const MlpNeeds& needs, const CudaLaunch& launch);
 

@@ -6,6 +6,7 @@
 // geometry of the launch.
 #pragma once
 
+#include "cuda/coordinate_update.h"
 #include "cuda/mlp_layers.h"
 #include "cuda/normal_quad.h"
 
@@ -48,9 +49,6 @@ public:
 private:
     struct Quad {
         float v[4];
-    };
-    struct Coefficients {
-        float grad, prior, noise;
     };
 
     JLEBM_DEVICE int quad_of(int item) const { return item / kChains; }
@@ -113,8 +111,7 @@ private:
 
     JLEBM_DEVICE void update(int64_t step, float energy) {
         const RecordParams& record = call_.record;
-        const float* c = call_.update.step_coefficients + 3 * step;
-        const Coefficients coefficients{load_readonly(c), load_readonly(c + 1), load_readonly(c + 2)};
+        const Coefficients coefficients = Coefficients::of_step(call_.update, step);
         const bool noisy = coefficients.noise != 0.0f;
         // counted, since a 64-bit division takes as long as the noise
         const bool kept = --until_kept_ == 0;
@@ -149,43 +146,21 @@ private:
         const int64_t chain = first_ + chain_of(item);
         float* grad = this->grad_at(quad, chain_of(item));
         Quad z = load_z(item);
-        Coefficients c = step;
-        if (u.chain_coefficients) {
-            const float* factors = u.chain_coefficients + 3 * chain;
-            c.grad *= load_readonly(factors), c.prior *= load_readonly(factors + 1);
-            c.noise *= load_readonly(factors + 2);
-        }
-        float grad2 = 0.0f, move2 = 0.0f, bad = 0.0f;
+        const Coefficients c = step.of_chain(u, chain);
+        MoveSums sums;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int d = 4 * quad + i;
             if (d >= dim_) break;
             const float z0 = z.v[i];
             float g = grad[i * kTileChains];
-            float z1 = fma_rn(c.grad, g, z0);
-            if (u.prior_precision) {
-                const float precision = load_readonly(u.prior_precision + chain * u.prior_precision_stride + d);
-                float pull = -z0;
-                if (u.prior_mean) pull = load_readonly(u.prior_mean + chain * u.prior_mean_stride + d) - z0;
-                z1 = fma_rn(c.prior * precision, pull, z1);
-            }
-            if (u.extra_grad) {
-                const float extra = load_readonly(u.extra_grad + chain * dim_ + d);
-                z1 = fma_rn(c.prior, extra, z1);
-                g += extra;
-            }
-            if (noisy) z1 = fma_rn(c.noise, eps.v[i], z1);
-            if (u.frozen && load_readonly(u.frozen + chain * u.frozen_stride + d)) z1 = z0;
-            z.v[i] = z1;
-            const float move = z1 - z0;
-            grad2 = fma_rn(g, g, grad2);
-            move2 = fma_rn(move, move, move2);
-            bad = fma_rn(z1, 0.0f, bad); // inf * 0 and NaN * 0 are NaN
+            z.v[i] = moved(u, c, chain, dim_, d, z0, g, eps.v[i], noisy);
+            sums.add(g, z0, z.v[i]);
         }
         store_z(item, z);
         if (trajectory) write_rows(trajectory, chain, quad, z);
         if (diagnostics) // in the quadruple's own rows of the gradient, which nobody else reads
-            grad[0] = grad2, grad[kTileChains] = move2, grad[2 * kTileChains] = bad;
+            grad[0] = sums.grad2, grad[kTileChains] = sums.move2, grad[2 * kTileChains] = sums.bad;
     }
 
     JLEBM_DEVICE void record_chain(int64_t step, bool kept, int64_t kept_index) {

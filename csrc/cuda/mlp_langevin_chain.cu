@@ -19,13 +19,19 @@ namespace {
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // all that a plan depends on
-using PlanKey = std::array<int64_t, kMaxHiddenLayers + 2 + 8>;
+using PlanKey = std::array<int64_t, kMaxHiddenLayers + 2 + 9>;
 
 PlanKey plan_key(const MlpNeeds& needs, const CudaLaunch& launch) {
-    PlanKey key{
-        needs.chains,     needs.mlp->n_hidden,    needs.energies,         needs.update, needs.slope_of_logits_general(),
-        launch.precision, launch.multiprocessors, launch.max_shared_bytes};
-    for (int l = 0; l < needs.mlp->n_hidden + 2; ++l) key[size_t(8 + l)] = needs.mlp->widths[l];
+    PlanKey key{needs.chains,
+                needs.mlp->n_hidden,
+                needs.energies,
+                needs.update,
+                needs.slope_of_logits_general(),
+                launch.precision,
+                launch.multiprocessors,
+                launch.max_shared_bytes,
+                launch.warpgroups};
+    for (int l = 0; l < needs.mlp->n_hidden + 2; ++l) key[size_t(9 + l)] = needs.mlp->widths[l];
     return key;
 }
 
@@ -69,6 +75,7 @@ void run_mlp_call(MlpCall& call, const CudaLaunch& launch) {
                                     std::to_string(launch.workspace_bytes));
     call.stream = launch.workspace;
     call.slopes = static_cast<unsigned char*>(launch.workspace) + stream_bytes(call.plan);
+    if (call.plan.regime == Regime::kWarpgroup) return enqueue_mlp_warpgroup(call, launch);
     switch (launch.precision) {
     case kFp32:
         return enqueue_mlp_kernel<kFp32>(call, launch);

@@ -15,7 +15,10 @@ constexpr double kLoadCyclesPer128Bytes = 1;   // shared memory
 constexpr double kStreamCyclesPer128Bytes = 4; // L2, all multiprocessors at once
 constexpr double kElementCycles = 0.15;        // activation or its derivative, of one feature of one chain
 constexpr double kQuadCycles = 1.5;            // noise and update of four coordinates, all schedulers at work
-constexpr double kQuadLatency = 350;           // of the same, in one thread
+// A warpgroup: multiply-adds of all tensor cores at once, slopes read and multiplied, what its own waits add to its
+// work at activations and noise, and a product's way in and out of the tensor cores.
+constexpr double kWarpgroupProducts = 2048, kSlopeCycles = 0.05, kAloneFactor = 1.4, kWarpgroupLatency = 150;
+constexpr double kQuadLatency = 350; // of the same, in one thread
 
 class Layout {
 public:
@@ -31,6 +34,50 @@ private:
 };
 
 int n_slope_layers(const MlpNeeds& needs) { return needs.mlp->n_hidden - (needs.logits() ? 0 : 1); }
+
+// whether the warpgroup kernel runs this call; fills the sizes of its instance
+bool suits_warpgroup(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan) {
+    if (!launch.warpgroups || launch.precision != kBf16 || !needs.update || needs.slope_of_logits_general())
+        return false;
+    int widest = 0;
+    for (int l = 1; l <= needs.mlp->n_hidden; ++l) widest = std::max(widest, needs.mlp->widths[l]);
+    for (const WarpgroupSize& size : kWarpgroupSizes)
+        if (needs.mlp->dim() <= size.dim && widest <= size.width) {
+            plan->padded_dim = size.dim, plan->padded_width = size.width;
+            return plan->groups <= size.groups;
+        }
+    return false;
+}
+
+int64_t lay_out_warpgroup(const MlpNeeds& needs, MlpPlan* plan) {
+    const int n = needs.mlp->n_hidden, dim = plan->padded_dim, width = plan->padded_width;
+    plan->logits = needs.logits();
+    Layout block;
+    for (int l = 0; l < n; ++l) {
+        plan->weights_at[l] = block.take(int64_t(l == 0 ? dim : width) * width * 2);
+        plan->bias_at[l] = block.take(width * 4);
+    }
+    plan->top_at = block.take(width * 4);
+    if (plan->logits) plan->out_at = block.take(width * 4);
+    plan->mean_at = block.take(dim * 4), plan->precision_at = block.take(dim * 4);
+    plan->group_at = block.take(0);
+    plan->group_bytes = (n - 1) * kWarpgroupChains * width * 2; // slopes
+    const int64_t total = block.bytes() + int64_t(plan->groups) * plan->group_bytes;
+    plan->shared_bytes = int(std::min<int64_t>(total, INT32_MAX));
+    return total;
+}
+
+double estimate_warpgroup(const MlpNeeds& needs, const MlpPlan& plan, int multiprocessors) {
+    const int n = needs.mlp->n_hidden;
+    const double dim = plan.padded_dim, width = plan.padded_width;
+    const double products = kWarpgroupChains * (2 * dim * width + 2.0 * (n - 1) * width * width) / kWarpgroupProducts;
+    const double elements = kWarpgroupChains * width * (n * kElementCycles + (n - 1) * kSlopeCycles);
+    const double work = elements + kWarpgroupChains * ((needs.mlp->dim() + 3) / 4) * kQuadCycles;
+    const double wait = products + kAloneFactor * work + 2 * n * kWarpgroupLatency;
+    const int64_t blocks = (needs.chains + plan.chains_per_block() - 1) / plan.chains_per_block();
+    const int64_t rounds = (blocks + multiprocessors - 1) / multiprocessors;
+    return double(rounds) * std::max(wait, plan.groups * std::max(products, work));
+}
 
 // fills everything but stream_begin; bytes of shared memory
 int64_t lay_out(const MlpNeeds& needs, MlpPlan* plan) {
@@ -163,6 +210,18 @@ bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, in
                         found = true, best = cycles, *plan = p;
                     }
     }
+    for (const int groups : {1, 2, 3}) {
+        MlpPlan p;
+        p.precision = launch.precision, p.regime = Regime::kWarpgroup;
+        p.chain_tiles = kWarpgroupChains / kTileChains, p.warps = kWarpgroup / kWarp, p.groups = groups;
+        if (!suits_warpgroup(needs, launch, &p) || lay_out_warpgroup(needs, &p) > launch.max_shared_bytes) continue;
+#if defined(JLEBM_CUDA_ON_HOST)
+        if (plan_allowed && !plan_allowed(p)) continue;
+#endif
+        const double cycles = estimate_warpgroup(needs, p, multiprocessors);
+        if (found && cycles >= best) continue;
+        found = true, best = cycles, *plan = p;
+    }
     if (found && !plan->resident()) lay_out_streams(needs, plan);
     return found;
 }
@@ -180,7 +239,7 @@ int64_t workspace_bytes(const MlpPlan& plan, int64_t chains, const CudaLaunch& l
 
 std::string plan_text(const MlpPlan& plan) {
     static const char* const kNames[kPrecisionCount] = {"fp32 (tf32 x 3)", "tf32", "bf16"};
-    static const char* const kRegimes[int(Regime::kCount)] = {"resident, ", "streamed, ", "lean, "};
+    static const char* const kRegimes[int(Regime::kCount)] = {"resident, ", "streamed, ", "lean, ", "warpgroup, "};
     return std::string(kRegimes[int(plan.regime)]) + kNames[plan.precision] + ", " +
            std::to_string(plan.chains_per_block()) + " chains a block in " + std::to_string(plan.groups) +
            (plan.groups == 1 ? " group of " : " groups of ") + std::to_string(plan.warps) +

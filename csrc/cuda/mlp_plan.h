@@ -26,6 +26,13 @@ constexpr int kTileChains = 8; // of a matrix instruction: chains
 // 8 warps leave 255 registers to a thread, so that 4 x 4 accumulator tiles fit beside their operands
 constexpr int kMaxWarps = 8;
 constexpr int kMlpThreads = kMaxWarps * kWarp;
+constexpr int kWarpgroup = 128, kWarpgroupChains = 64; // threads, and rows of its matrix instruction
+// Instances of the warpgroup kernel: dim and widest hidden layer, padded to what the matrix instruction takes, and
+// warpgroups of a block, whose threads then have 168 or 255 registers.
+struct WarpgroupSize {
+    int dim, width, groups;
+};
+constexpr WarpgroupSize kWarpgroupSizes[] = {{32, 64, 3}, {64, 112, 2}, {112, 208, 2}};
 
 // Where weights and slopes are kept.
 enum class Regime : int32_t {
@@ -35,6 +42,9 @@ enum class Regime : int32_t {
     // takes one batch of chains after the other, so that the slopes' memory does not grow with the chains. For wide
     // nets on chips of little shared memory: 1000 units in float32 on 99 KB.
     kLean,
+    // Weights in shared memory, everything else in registers: 64 chains by each warpgroup (mlp_warpgroup.h). For many
+    // chains in bf16 on compute capability 9.0.
+    kWarpgroup,
     kCount
 };
 
@@ -82,8 +92,11 @@ struct MlpPlan {
     // bytes from the beginning of shared memory
     int32_t weights_at[kMaxHiddenLayers + 1] = {}; // resident
     int32_t bias_at[kMaxHiddenLayers + 1] = {};
-    int32_t top_at = 0;  // W_out out_scale of a single logit: delta_L without a product
-    int32_t ring_at = 0; // not resident: [warp][slot][lane] fragments
+    int32_t padded_dim = 0, padded_width = 0; // warpgroup: of the kernel's instance
+    int32_t out_at = 0;                       // warpgroup: W_out, where logits are computed
+    int32_t mean_at = 0, precision_at = 0;    // warpgroup: of the prior
+    int32_t top_at = 0;                       // W_out out_scale of a single logit: delta_L without a product
+    int32_t ring_at = 0;                      // not resident: [warp][slot][lane] fragments
     int32_t group_at = 0, group_bytes = 0;
     // bytes from the beginning of a group
     int32_t buffer_at[2] = {}, buffer_plane[2] = {};
@@ -92,7 +105,7 @@ struct MlpPlan {
     int64_t slopes_bytes = 0;                 // lean: of a block, in device memory
     int64_t stream_begin[kMaxWarps + 1] = {}; // not resident: first fragment of each warp's stream
 
-    constexpr JLEBM_HD bool resident() const { return regime == Regime::kResident; }
+    constexpr JLEBM_HD bool resident() const { return regime == Regime::kResident || regime == Regime::kWarpgroup; }
 
     constexpr JLEBM_HD int chains_per_group() const { return chain_tiles * kTileChains; }
     constexpr JLEBM_HD int chains_per_block() const { return groups * chains_per_group(); }

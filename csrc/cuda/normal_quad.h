@@ -13,7 +13,8 @@ struct ThreadOps {
     using U = uint32_t;
     JLEBM_DEVICE static F mul(F a, F b) { return mul_rn(a, b); }
     JLEBM_DEVICE static F add(F a, F b) { return add_rn(a, b); }
-    JLEBM_DEVICE static F sqrt(F a) { return sqrt_rn(a); }
+    // -2 ln u of a uniform number u is between 1.1e-7 and 34
+    JLEBM_DEVICE static F sqrt(F a) { return sqrt_rn_normal(a); }
     JLEBM_DEVICE static F to_float(I i) { return float(i); }
     JLEBM_DEVICE static F as_float(U u) { return bits_float(u); }
     JLEBM_DEVICE static U as_uint(F a) { return float_bits(a); }

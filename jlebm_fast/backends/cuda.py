@@ -3,6 +3,9 @@
     resident   the weights stay in a multiprocessor's shared memory for the whole chain
     streamed   larger ones are streamed from L2 in every step, shared by the chains of a block
     lean       the same for wide nets on chips of little shared memory: phi' of the layers waits in device memory
+    warpgroup  many chains in bf16 on compute capability 9.0: everything but the weights stays in registers. Not used
+               unless asked for, since it has not yet been run on a GPU: JLEBM_CUDA_WARPGROUPS=on (environment), or
+               `using_warpgroups`. It is then one of the choices, by estimated time
 
 Matrix products run in "fp32" (three tf32 products each, float32 accuracy), "tf32" or "bf16" (`precision.py`). Launches
 go to torch's current stream of the tensors' device, never synchronise, and may be captured in a CUDA graph: give the
@@ -12,8 +15,10 @@ noise.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -30,6 +35,8 @@ NAME = "cuda"
 READS_KEY_TENSORS = True
 TAKES_PRECISION = True
 
+WARPGROUPS = "JLEBM_CUDA_WARPGROUPS"  # environment: on or off
+
 MOST_WEIGHTS = MAX_HIDDEN_LAYERS + 1  # of one launch of `top_singulars`
 
 Launch = Callable[[torch.device, "Tensor | None"], tuple]
@@ -39,7 +46,8 @@ class Kernels:
     """The operations of a compiled module, on tensors where its kernels run.
 
     native   jlebm_fast._C, or the same kernels built for the host
-    launch   (device, workspace) -> (device, stream, precision, workspace, its bytes, multiprocessors, shared bytes)
+    launch   (device, workspace) -> (device, stream, precision, workspace, its bytes, multiprocessors, shared bytes,
+             whether warpgroups are a choice)
     """
 
     def __init__(self, native: ModuleType, launch: Launch) -> None:
@@ -299,18 +307,54 @@ def unsupported_reason(
 @functools.cache
 def _device_reason(index: int, spec: MLPSpec | None, name: str) -> str | None:
     native = _native.load()
-    _, capability, multiprocessors, max_shared_bytes = _device_facts(index)
+    _, capability, multiprocessors, max_shared_bytes, _ = _device_facts(index)
     reason = native.cuda_capability_reason(capability, native.cuda_archs)
     if not reason and spec is not None:
-        launch = (index, 0, precision.NAMES.index(name), 0, 0, multiprocessors, max_shared_bytes)
+        launch = (index, 0, precision.NAMES.index(name), 0, 0, multiprocessors, max_shared_bytes, False)
         reason = native.cuda_mlp_unsupported_reason(mlp=shape_fields(spec), launch=launch)
     return reason or None
 
 
 @functools.cache
-def _device_facts(index: int) -> tuple[str, int, int, int]:
-    """(name, compute capability as 90, multiprocessors, shared memory of a block)."""
+def _device_facts(index: int) -> tuple[str, int, int, int, bool]:
+    """(name, compute capability as 90, multiprocessors, shared memory of a block, warpgroup kernels run there)."""
     return _native.load().cuda_device(index)
+
+
+_warpgroups_wanted: bool | None = None  # inside `using_warpgroups`
+
+
+@contextlib.contextmanager
+def using_warpgroups(wanted: bool) -> Iterator[None]:
+    """Whether chains inside may run by warpgroups, whatever the environment says. For the whole process."""
+    global _warpgroups_wanted
+    before, _warpgroups_wanted = _warpgroups_wanted, wanted
+    try:
+        yield
+    finally:
+        _warpgroups_wanted = before
+
+
+@functools.cache
+def _environment_wants_warpgroups() -> bool:
+    value = os.environ.get(WARPGROUPS, "off")
+    if value not in ("on", "off"):
+        raise ValueError(f"{WARPGROUPS} must be 'on' or 'off', got {value!r}")
+    return value == "on"
+
+
+def _warpgroups(index: int) -> bool:
+    wanted = _environment_wants_warpgroups() if _warpgroups_wanted is None else _warpgroups_wanted
+    if not wanted:
+        return False
+    name, capability, *_, there = _device_facts(index)
+    if not there:
+        raise ValueError(
+            f"warpgroups were asked for ({WARPGROUPS}=on or using_warpgroups): they need a GPU of compute capability "
+            f"9.0 (H100, H200) and a build for it, got {name} of {capability / 10} and a build for "
+            f"{_native.load().cuda_archs}; leave them off, or build with JLEBM_CUDA_ARCHS=90"
+        )
+    return True
 
 
 def _launch(device: torch.device, workspace: Tensor | None) -> tuple:
@@ -321,7 +365,8 @@ def _launch(device: torch.device, workspace: Tensor | None) -> tuple:
         precision.NAMES.index(precision.current()),
         0 if workspace is None else workspace.data_ptr(),
         0 if workspace is None else workspace.numel(),
-        *_device_facts(index)[2:],
+        *_device_facts(index)[2:4],
+        _warpgroups(index),
     )
 
 
@@ -330,12 +375,15 @@ def _kernels() -> Kernels:
     return Kernels(_native.load(), _launch)
 
 
-def regime(op: str, spec: MLPSpec | None) -> str:
+def regime(op: str, spec: MLPSpec | None, chains: int = 100, name: str | None = None) -> str:
+    """Where weights and activations are kept, at the precision of this name or the present one. explain() names no
+    number of chains: 100 are the batch of the papers.
+    """
     if spec is None:
         return "one launch"
-    # explain() names no number of chains: the regime of 100, the batch of the papers
-    index = torch.cuda.current_device()
-    return f"{_kernels().plan(op, spec, 100, False, torch.device('cuda', index))[1]}, for 100 chains"
+    device = torch.device("cuda", torch.cuda.current_device())
+    with contextlib.nullcontext() if name is None else precision.using(name):
+        return f"{_kernels().plan(op, spec, chains, False, device)[1]}, for {chains:,} chains"
 
 
 def build() -> str:

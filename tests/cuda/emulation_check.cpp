@@ -77,6 +77,65 @@ void products(uint64_t seed, int k, void (*kernel)(const float*, const float*, f
         }
 }
 
+// --- a warpgroup: 64 x 32 = 64 x 32 times 32 x 32, the second operand as it stands or transposed
+// ----------------------
+
+struct WgmmaFaults {
+    bool fenced = true, begun = true, ended = true, early = false;
+    int at = 0; // of the second operand
+};
+
+// a [64][32], b [32][32]; kTransposed: b's rows stand together in shared memory, else its columns
+template <bool kTransposed>
+JLEBM_KERNEL(128, 1)
+warpgroup_product(const float* a, const float* b, float* d, WgmmaFaults faults) {
+    constexpr int kAlongK = kTransposed ? 512 : 128, kAlongN = kTransposed ? 128 : 512;
+    auto* bs = shared_memory<unsigned char>();
+    for (int i = int(threadIdx.x); i < 1024; i += 128) {
+        const int k = i / 32, n = i % 32, inside = kTransposed ? k % 8 * 8 + n % 8 : n % 8 * 8 + k % 8;
+        reinterpret_cast<uint16_t*>(bs + k / 8 * kAlongK + n / 8 * kAlongN)[inside] = to_bf16(b[i]);
+    }
+    if (faults.fenced || threadIdx.x != 77) fence_for_wgmma();
+    sync_block();
+    const int row = warp_index() * 16 + lane_index() / 4, t = lane_index() % 4;
+    float acc[16];
+    for (int i = 0; i < 16; ++i) acc[i] = 0.5f;
+    if (faults.begun) wgmma_begin();
+    const uint64_t whole = wgmma_operand(bs + faults.at, kAlongK, kAlongN);
+    for (int k = 0; k < 2; ++k) {
+        uint32_t af[4];
+        for (int i = 0; i < 4; ++i) {
+            const float* from = a + (row + i % 2 * 8) * 32 + k * 16 + i / 2 * 8 + 2 * t;
+            af[i] = pack_bf16(from[0], from[1]);
+        }
+        wgmma_bf16<true, kTransposed>(acc, af, wgmma_operand_at(whole, 2 * k * kAlongK));
+    }
+    if (faults.early) d[row * 32 + 2 * t] = acc[0];
+    if (faults.ended) wgmma_end(acc);
+    if (faults.early) return;
+    for (int j = 0; j < 4; ++j)
+        for (int i = 0; i < 4; ++i) d[(row + i / 2 * 8) * 32 + 8 * j + 2 * t + i % 2] = acc[4 * j + i];
+}
+
+template <bool kTransposed>
+void check_wgmma(uint64_t seed, const WgmmaFaults& faults) {
+    std::vector<float> a(64 * 32), b(32 * 32), d(64 * 32);
+    for (float& v : a) v = from_bf16(to_bf16(random_float()));
+    for (float& v : b) v = from_bf16(to_bf16(random_float()));
+    JLEBM_LAUNCH((warpgroup_product<kTransposed>), (Geometry{1, 128, 2048}), launch_of(seed), a.data(), b.data(),
+                 d.data(), faults);
+    for (int m = 0; m < 64; ++m)
+        for (int n = 0; n < 32; ++n) {
+            double sum = 0.5, size = 0.5;
+            for (int i = 0; i < 32; ++i) {
+                const double product = double(a[size_t(m * 32 + i)]) * b[size_t(i * 32 + n)];
+                sum += product, size += std::fabs(product);
+            }
+            const double error = std::fabs(d[size_t(m * 32 + n)] - sum);
+            expect(error <= 3e-7 * size, "element " + std::to_string(m) + ", " + std::to_string(n));
+        }
+}
+
 float as_tf32(float v) { return bits_float(to_tf32(v)); }
 float as_bf16(float v) { return from_bf16(to_bf16(v)); }
 
@@ -273,6 +332,14 @@ void check_reported(const std::string& which, uint64_t seed) {
         JLEBM_LAUNCH((misaligned_row), (Geometry{1, 32, 256}), launch, out);
     else if (which == "foreign_row")
         JLEBM_LAUNCH((foreign_row), (Geometry{1, 32, 256}), launch, out);
+    else if (which == "unfenced_wgmma")
+        check_wgmma<false>(seed, {false, true, true, false, 0});
+    else if (which == "wgmma_not_begun")
+        check_wgmma<false>(seed, {true, false, true, false, 0});
+    else if (which == "forgotten_wgmma")
+        check_wgmma<false>(seed, {true, true, false, false, 0});
+    else if (which == "foreign_wgmma")
+        check_wgmma<true>(seed, {true, true, true, false, 128});
     else if (which == "too_much_shared")
         enqueue({"nothing", "here", 1}, &nothing, Geometry{1, 32, 101377}, launch);
     else
@@ -290,6 +357,11 @@ int main(int argc, char** argv) {
             check_tf32(seed);
         else if (which == "bf16")
             check_bf16(seed);
+        else if (which == "wgmma") {
+            check_wgmma<false>(seed, {});
+            check_wgmma<true>(seed, {});
+        } else if (which == "wgmma_read_early")
+            check_wgmma<false>(seed, {true, true, true, true, 0});
         else if (which == "rounding")
             check_rounding(seed);
         else if (which == "ldmatrix")

@@ -32,8 +32,8 @@ FLAGS = [
     "-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread",
     "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DJLEBM_CUDA_ON_HOST", "-I", str(ROOT / "csrc"),
 ]  # fmt: skip
-# of an H100, whose choices the tests then see: (multiprocessors, shared memory of a block)
-H100 = (132, 232448)
+# of an H100, whose choices the tests then see: (multiprocessors, shared memory of a block, warpgroups)
+H100 = (132, 232448, True)
 ANY_PLAN = (-1,) * 5
 
 
@@ -125,12 +125,17 @@ def host_module() -> ModuleType:
     return load(build_module("module", []))
 
 
-def on_host(order_seed: int = 0, limits: tuple[int, int] = H100) -> Kernels:
+def launch_limits(limits: tuple) -> tuple[int, int, bool]:
+    """(multiprocessors, shared memory[, warpgroups]) -> all three; a chip without warpgroups where nothing is said."""
+    return limits if len(limits) == 3 else (*limits, False)
+
+
+def on_host(order_seed: int = 0, limits: tuple = H100) -> Kernels:
     """The backend's operations on CPU tensors; `precision.using(…)` chooses the precision."""
 
     def launch(device: torch.device, workspace: torch.Tensor | None) -> tuple:
         place = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
-        return (0, order_seed, precision.NAMES.index(precision.current()), *place, *limits)
+        return (0, order_seed, precision.NAMES.index(precision.current()), *place, *launch_limits(limits))
 
     module = host_module()
     module.want_plan(ANY_PLAN)  # an earlier test may have asked for a plan of its own

@@ -18,9 +18,10 @@ bool is_wanted(const cuda::MlpPlan& p) {
 }
 
 py::dict mlp_plan(const MlpParams& mlp, int64_t chains, bool energies, int precision, int multiprocessors,
-                  int max_shared_bytes) {
+                  int max_shared_bytes, bool warpgroups) {
     cuda::CudaLaunch launch;
     launch.precision = precision, launch.multiprocessors = multiprocessors, launch.max_shared_bytes = max_shared_bytes;
+    launch.warpgroups = warpgroups;
     cuda::MlpPlan p;
     py::dict d;
     d["found"] = cuda::plan_mlp({&mlp, chains, energies, true}, launch, &p);

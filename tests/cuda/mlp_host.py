@@ -17,7 +17,7 @@ from jlebm_fast.problem import MLP, ChainResult, MLPSpec, Record, Update
 
 PRECISIONS = {"fp32": 0, "tf32": 1, "bf16": 2}
 POISON = 0xFF  # in every byte: a NaN in every precision
-REGIMES = ("resident", "streamed", "lean")
+REGIMES = ("resident", "streamed", "lean", "warpgroup")
 H100_SHARED, A100_SHARED, CONSUMER_SHARED = 232448, 166912, 101376
 
 
@@ -194,19 +194,22 @@ class Host:
         )
         return ChainResult(out, *kept)
 
-    def plan(self, mlp: MLP, chains: int, precision: str, *, shared: int, energies: bool = False) -> dict:
+    def plan(
+        self, mlp: MLP, chains: int, precision: str, *, shared: int, energies: bool = False, warpgroups: bool = False
+    ) -> dict:
         self._want(())
         address = native_fields.Addresses()
         fields = native_fields.mlp_fields(mlp, address)
-        return self.module.mlp_plan(fields, chains, energies, PRECISIONS[precision], 132, shared)
+        return self.module.mlp_plan(fields, chains, energies, PRECISIONS[precision], 132, shared, warpgroups)
 
     def unsupported_reason(self, mlp: MLP, precision: str, shared: int) -> str:
         self._want(())
         address = native_fields.Addresses()
-        launch = (0, 0, PRECISIONS[precision], 0, 0, 132, shared)
+        launch = (0, 0, PRECISIONS[precision], 0, 0, 132, shared, False)
         return self.module.cuda_mlp_unsupported_reason(mlp=native_fields.mlp_fields(mlp, address), launch=launch)
 
     def _launch(self, op, chains, fields, energies, address, precision, seed, limits) -> tuple:
+        limits = host_build.launch_limits(limits)
         launch = (0, seed, PRECISIONS[precision], 0, 0, *limits)
         n_bytes, _ = self.module.cuda_mlp_plan(op=op, chains=chains, mlp=fields, energies=energies, launch=launch)
         # exactly as many, so that the address sanitizer sees what goes beyond

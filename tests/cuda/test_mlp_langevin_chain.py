@@ -368,6 +368,10 @@ for widths, head, plan in (
         update = Update(coefficients(2), prior_precision=torch.ones(widths[0]), noise_key=7)
         assert host.run_chain(z, mlp, update, 2, precision, Record(True, True), plan=plan).z.isfinite().all()
         assert host.run_energy_grad(z, mlp, precision, plan=plan)[1].isfinite().all()
+mlp = make_mlp([17, 40, 21, 1], "gelu", chains=67, context=True)
+update = Update(coefficients(2), prior_precision=torch.ones(17), noise_key=7)
+z = torch.randn(67, 17)
+assert host.run_chain(z, mlp, update, 2, "bf16", Record(True, True), plan=("warpgroup",)).z.isfinite().all()
 print("clean")
 """
 

@@ -74,7 +74,8 @@ def intermediate(folder: Path) -> list[Path]:
 def whole_text(source: Path) -> str:
     """A source and the kernel header that it instantiates."""
     text = source.read_text()
-    return text + (ROOT / "csrc/cuda/mlp_kernel.h").read_text() if "mlp_kernel.h" in text else text
+    headers = [ROOT / "csrc/cuda" / name for name in ("mlp_kernel.h", "mlp_warpgroup.h") if name in text]
+    return text + "".join(header.read_text() for header in headers)
 
 
 def usage(arch: str) -> dict[str, Usage]:
@@ -90,6 +91,11 @@ def usage(arch: str) -> dict[str, Usage]:
                 for ptx in sources
             ])))  # fmt: skip
         text = report.read_text()
+    return {kernel: used for kernel, used in used_by_kernel(text).items() if "warpgroup" not in kernel}
+
+
+def used_by_kernel(text: str) -> dict[str, Usage]:
+    """The compiler's report by mangled name."""
     found = {}
     for block in re.split(r"Compiling entry function '", text)[1:]:
         frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
@@ -100,6 +106,28 @@ def usage(arch: str) -> dict[str, Usage]:
             registers, stack, stores + loads, int(shared_bytes[1]) if shared_bytes else 0
         )
     return found
+
+
+@needs_nvcc
+def test_warpgroup_kernels_compile_for_hopper():
+    """For sm_90a, whose instructions they use: no spills, products that overlap, and nothing of the older matrix
+    instructions."""
+    with locked_folder(f"warpgroup-{digest()}") as folder:
+        cubin, report = folder / "kernel.cubin", folder / "report.txt"
+        if not report.exists():
+            source, flags = ROOT / "csrc/cuda/mlp_kernel_warpgroup.cu", ["-std=c++17", "-O3", "-Xptxas", "-v"]
+            flags += ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-I", str(ROOT / "csrc")]
+            report.write_text("".join(side_by_side([[nvcc, *flags, str(source), "-o", str(cubin)]])))
+        text = report.read_text()
+    found = used_by_kernel(text)
+    assert len(found) == 3, sorted(found)
+    for kernel, used in found.items():
+        dim, width, groups = map(int, re.search(r"ILi(\d+)ELi(\d+)ELi(\d+)EE", kernel).groups())
+        assert (used.spilled, used.stack, used.static_shared) == (0, 0, 0), kernel
+        assert used.registers * 128 * groups <= REGISTERS_OF_A_MULTIPROCESSOR, kernel
+        assert (dim, width, groups) in {(32, 64, 3), (64, 112, 2), (112, 208, 2)}
+    # C7510 and its neighbours: the compiler waits after each product
+    assert "wgmma" not in text, text
 
 
 @needs_nvcc

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <deque>
 #include <exception>
+#include <map>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -44,6 +45,8 @@ const char* name_of(Op op) {
         return "ldmatrix";
     case Op::kLdmatrixTrans:
         return "ldmatrix_trans";
+    case Op::kWgmma:
+        return "wgmma_bf16";
     }
     return "?";
 }
@@ -78,6 +81,8 @@ struct Thread {
     bool done = false;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
+    bool fenced = false, begun = false;
+    std::map<float*, std::vector<float>> accumulators; // of matrix instructions under way
 };
 
 struct Warp {
@@ -183,6 +188,7 @@ public:
 
     unsigned char* shared() const { return shared_.get(); }
     int64_t shared_bytes() const { return shared_bytes_; }
+    const std::vector<Thread>& threads() const { return threads_; }
     Thread& running() { return threads_[size_t(running_)]; }
     int running_index() const { return running_; }
 
@@ -246,6 +252,9 @@ private:
             if (pending)
                 throw std::runtime_error("thread " + std::to_string(i) +
                                          " returned with asynchronous copies that it never waited for");
+            if (!threads_[i].accumulators.empty())
+                throw std::runtime_error("thread " + std::to_string(i) +
+                                         " returned with matrix instructions that it never waited for");
         }
         for (int id = 0; id < kBarriers; ++id)
             if (barriers_[id].arrived)
@@ -324,6 +333,42 @@ void copy_wait(int groups_in_flight) {
         }
         thread.groups.pop_front();
     }
+}
+
+void fence_for_wgmma() { block->running().fenced = true; }
+
+void wgmma_begin() {
+    if (block->threads().size() % 128)
+        throw std::runtime_error("wgmma_begin: the block must be made of warpgroups of 128 threads, it has " +
+                                 std::to_string(block->threads().size()));
+    for (const Thread& thread : block->threads())
+        if (!thread.fenced && !thread.done)
+            throw std::runtime_error("wgmma_begin by thread " + std::to_string(block->running_index()) +
+                                     " before every thread's fence_for_wgmma");
+    block->running().begun = true;
+}
+
+float* wgmma_accumulator(float* d, int count, bool add) {
+    Thread& thread = block->running();
+    if (!thread.begun)
+        throw std::runtime_error("wgmma_bf16 by thread " + std::to_string(block->running_index()) +
+                                 " without wgmma_begin");
+    const auto [found, fresh] = thread.accumulators.try_emplace(d, size_t(count), 0.0f);
+    if (fresh && add) std::copy_n(d, count, found->second.begin());
+    if (!fresh && !add) std::fill(found->second.begin(), found->second.end(), 0.0f);
+    poison(d, int64_t(count) * 4);
+    return found->second.data();
+}
+
+void wgmma_end(float* d, int count) {
+    Thread& thread = block->running();
+    const auto found = thread.accumulators.find(d);
+    if (found == thread.accumulators.end() || int(found->second.size()) != count || thread.accumulators.size() != 1)
+        throw std::runtime_error("wgmma_end by thread " + std::to_string(block->running_index()) +
+                                 ": other accumulators are under way");
+    std::copy_n(found->second.begin(), count, d);
+    thread.accumulators.clear();
+    thread.begun = false;
 }
 
 void run_grid(const LaunchSite& site, const Geometry& geometry, const CudaLaunch& launch,

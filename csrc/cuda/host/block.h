@@ -21,7 +21,7 @@ struct Place {
 };
 extern thread_local Place* place;
 
-enum class Op : int { kSyncWarp, kShuffle, kVote, kMmaTf32, kMmaBf16, kLdmatrix, kLdmatrixTrans };
+enum class Op : int { kSyncWarp, kShuffle, kVote, kMmaTf32, kMmaBf16, kLdmatrix, kLdmatrixTrans, kWgmma };
 
 constexpr int kOperandBytes = 32; // of one lane in one warp-wide instruction
 
@@ -45,9 +45,17 @@ void copy_async(void* shared, const void* global, int bytes, int source_bytes);
 void copy_commit();
 void copy_wait(int groups_in_flight);
 
+// The order that a warpgroup's matrix instructions ask for, of the running thread: a fence by every thread of the block
+// before the first one, begin before a group of them, end before their results are read.
+void fence_for_wgmma();
+void wgmma_begin();
+// what instructions under way will have made of d: until the end, d itself holds NaN
+float* wgmma_accumulator(float* d, int count, bool add);
+void wgmma_end(float* d, int count);
+
 // counts since the last read, over all blocks of this thread of the host
 struct Statistics {
-    int64_t blocks = 0, barriers = 0, mma = 0, ldmatrix = 0;
+    int64_t blocks = 0, barriers = 0, mma = 0, ldmatrix = 0, wgmma = 0;
     int64_t ldmatrix_wavefronts = 0; // 8 rows of 16 bytes without a bank conflict are one
 };
 Statistics& statistics();

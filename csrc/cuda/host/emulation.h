@@ -7,6 +7,7 @@
 
 #include "common/philox.h"
 #include "cuda/host/block.h"
+#include "cuda/wgmma_operand.h"
 
 #define threadIdx (::jlebm::cuda::host::place->thread)
 #define blockIdx (::jlebm::cuda::host::place->block)
@@ -96,6 +97,29 @@ inline void ldmatrix_x1_trans(uint32_t (&r)[1], const void* row) { host::ldmatri
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { host::ldmatrix(r, 2, true, row); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { host::ldmatrix(r, 4, true, row); }
 
+namespace host {
+void wgmma(float* d, int columns, bool add, bool transposed, const uint32_t* a, uint64_t b);
+}
+inline uint64_t wgmma_operand(const void* shared, int along_k, int along_n) {
+    host::check_shared(shared, 128, 16, "wgmma_operand");
+    const int64_t address = static_cast<const unsigned char*>(shared) - host::shared_base();
+    return wgmma_descriptor(uint32_t(address), along_k, along_n);
+}
+inline void fence_for_wgmma() { host::fence_for_wgmma(); }
+inline void wgmma_begin() { host::wgmma_begin(); }
+template <bool kAdd, bool kTransposed, int kCount>
+void wgmma_bf16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b) {
+    host::wgmma(d, 2 * kCount, kAdd, kTransposed, a, b);
+}
+template <int kCount>
+void wgmma_end(float (&d)[kCount]) {
+    host::wgmma_end(d, kCount);
+}
+template <class T>
+T opaque(T v) {
+    return v;
+}
+
 inline void cp_async_4(void* shared, const void* global, int source_bytes = 4) {
     host::copy_async(shared, global, 4, source_bytes);
 }
@@ -141,6 +165,7 @@ inline float add_rn(float a, float b) { return a + b; }
 inline float sub_rn(float a, float b) { return a - b; }
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float sqrt_rn(float a) { return std::sqrt(a); }
+inline float sqrt_rn_normal(float a) { return std::sqrt(a); }
 inline float exp_few_ulp(float v) { return std::exp(v); }
 inline float exp2_few_ulp(float v) { return std::exp2(v); }
 inline float reciprocal_few_ulp(float v) { return 1.0f / v; }

@@ -7,6 +7,8 @@
 // the smallest of the chips that these kernels run on, with one bit beyond float32's 24, so this rounds no less than
 // they do.
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/host/emulation.h"
 
@@ -113,6 +115,37 @@ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
 }
 
 namespace host {
+
+void wgmma(float* d, int columns, bool add, bool transposed, const uint32_t* a, uint64_t b) {
+    const Exchange& all = exchange(Op::kWgmma, a, 16, nullptr, columns * 2 + transposed);
+    const int lane = lane_index(), g = lane / 4, t = lane % 4;
+    statistics().wgmma += lane == 0;
+    const unsigned char* const first = shared_base() + int64_t(b & 0x3fff) * 16;
+    const int64_t along_k = int64_t(b >> 16 & 0x3fff) * 16, along_n = int64_t(b >> 32 & 0x3fff) * 16;
+    if (b >> 46) throw std::runtime_error("wgmma_bf16: a descriptor with swizzling or a base offset");
+    float rows[2][16];
+    for (int upper = 0; upper < 2; ++upper)
+        for (int k = 0; k < 16; ++k)
+            rows[upper][k] = half_of(operands_of(all, 4 * g + k % 8 / 2).a[upper + 2 * (k / 8)], k % 2);
+    float* const sums = wgmma_accumulator(d, columns / 2, add);
+    for (int tile = 0; tile < columns / 8; ++tile)
+        for (int i = 0; i < 2; ++i) {
+            const int n = 2 * t + i; // of the tile
+            float column[16];
+            for (int k = 0; k < 16; ++k) {
+                const unsigned char* matrix = first + k / 8 * along_k + tile * along_n;
+                if (k % 8 == 0) check_shared(matrix, 128, 16, "wgmma_bf16");
+                uint16_t element;
+                std::memcpy(&element, matrix + (transposed ? k % 8 * 16 + n * 2 : n * 16 + k % 8 * 2), sizeof element);
+                column[k] = from_bf16(element);
+            }
+            for (int upper = 0; upper < 2; ++upper) {
+                float& sum = sums[4 * tile + 2 * upper + i];
+                for (int k = 0; k < 16; k += kBf16Group) sum = accumulate<kBf16Group>(sum, rows[upper] + k, column + k);
+            }
+        }
+}
+
 namespace {
 
 // The last lane reads all rows, so that no lane can be past the instruction and write to them. n_matrices < 0:
