@@ -15,7 +15,7 @@ JLEBM_DEVICE void load_parameters(const MlpCall& call) {
     const int thread = int(threadIdx.x), n_threads = int(blockDim.x);
     for (int l = 0; l < n_layers; ++l) {
         const int n_out = mlp.widths[l + 1];
-        if (kRegime == Regime::kResident)
+        if (kRegime != Regime::kLean && call.plan.layer_resident(l))
             load_weight<kPrecision>(shared_memory<unsigned char>(call.plan.weights_at[l]), mlp.weights[l], n_out,
                                     mlp.widths[l]);
         auto* bias = shared_memory<float>(call.plan.bias_at[l]);
@@ -56,7 +56,7 @@ void enqueue_pack(const MlpCall& call, const CudaLaunch& launch) {
     int64_t row_tiles_of_all = 0;
     for (int n = 0; n < phase_count(call.mlp.n_hidden, call.plan.logits, call.general_head); ++n)
         row_tiles_of_all +=
-            tiles(phase_rows(call.mlp, phase_of(n, call.mlp.n_hidden, call.plan.logits, call.general_head)));
+            streamed_tiles(call.mlp, call.plan, phase_of(n, call.mlp.n_hidden, call.plan.logits, call.general_head));
     // a warp for each of the first steps of the contraction; four give every multiprocessor a few blocks
     constexpr int kPackThreads = 128;
     JLEBM_LAUNCH((mlp_pack_kernel<kPrecision>), (Geometry{row_tiles_of_all, kPackThreads, 0}), launch, call,

@@ -107,11 +107,11 @@ private:
         const int in = kForward ? layer : layer + 1;
         const int k_steps = (mlp_.widths[in] + step_k(kPrecision) - 1) / step_k(kPrecision);
         const ChainOperands<kPrecision, kChainTiles, kForward> chains(buffer(in), plane(in));
-        if constexpr (kRegime == Regime::kResident) {
+        if (kRegime == Regime::kResident || (kRegime == Regime::kStreamed && plan_.layer_resident(layer))) {
             ResidentWeights<kPrecision, kForward> weights(shared_memory<unsigned char>(plan_.weights_at[layer]),
                                                           weight_stride(kPrecision, mlp_.widths[layer]), row_tile);
             multiply<kPrecision, kForward>(acc, weights, count, chains, k_steps);
-        } else {
+        } else if constexpr (kRegime != Regime::kResident) {
             multiply<kPrecision, kForward>(acc, stream_, count, chains, k_steps);
         }
     }

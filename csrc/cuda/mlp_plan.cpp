@@ -89,7 +89,7 @@ int64_t lay_out(const MlpNeeds& needs, MlpPlan* plan) {
     for (int l = 0; l < n_layers; ++l) {
         const bool used = l < mlp.n_hidden || plan->logits;
         const int rows = tiles(mlp.widths[l + 1]) * kTileRows;
-        if (used && plan->resident())
+        if (used && plan->layer_resident(l))
             plan->weights_at[l] = block.take(int64_t(rows) * weight_stride(precision, mlp.widths[l]));
         if (used) plan->bias_at[l] = block.take(int64_t(rows) * 4);
     }
@@ -140,7 +140,8 @@ double estimate(const MlpNeeds& needs, const MlpPlan& plan, int multiprocessors)
         const int at_once = std::min(most, row_tiles(precision, n));
         const int passes = (most + at_once - 1) / at_once;
         const double products = k_steps * n * kProductCycles * (precision == kFp32 ? 3 : 1);
-        const double weights = k_steps * 4 * (plan.resident() ? kLoadCyclesPer128Bytes : kStreamCyclesPer128Bytes);
+        const double weights =
+            k_steps * 4 * (plan.layer_resident(phase.layer) ? kLoadCyclesPer128Bytes : kStreamCyclesPer128Bytes);
         const double operands = double(k_steps) * n * 2 / at_once * kLoadCyclesPer128Bytes;
         const double activation = kElementCycles * kTileRows * n * kTileChains;
         const double tile = std::max(products, weights + operands) + activation;
@@ -156,6 +157,21 @@ double estimate(const MlpNeeds& needs, const MlpPlan& plan, int multiprocessors)
     return double(rounds) * std::max(wait, plan.groups * work);
 }
 
+// a bit for each of the n layers whose weights are the largest: those that the most traffic is spared for
+uint32_t largest_layers(const MlpParams& mlp, int n) {
+    uint32_t chosen = 0;
+    for (; n > 0; --n) {
+        int largest = -1;
+        int64_t most = -1;
+        for (int l = 0; l <= mlp.n_hidden; ++l) {
+            const int64_t size = int64_t(mlp.widths[l]) * mlp.widths[l + 1];
+            if (!(chosen >> l & 1) && size > most) largest = l, most = size;
+        }
+        chosen |= 1u << largest;
+    }
+    return chosen;
+}
+
 void lay_out_streams(const MlpNeeds& needs, MlpPlan* plan) {
     const MlpParams& mlp = *needs.mlp;
     const bool general = needs.slope_of_logits_general();
@@ -165,6 +181,7 @@ void lay_out_streams(const MlpNeeds& needs, MlpPlan* plan) {
         if (w >= plan->warps) continue;
         for (int i = 0; i < phase_count(mlp.n_hidden, plan->logits, general); ++i) {
             const Phase phase = phase_of(i, mlp.n_hidden, plan->logits, general);
+            if (plan->layer_resident(phase.layer)) continue;
             const int n_tiles = tiles(phase_rows(mlp, phase));
             begin += int64_t(first_tile(w + 1, n_tiles, plan->warps) - first_tile(w, n_tiles, plan->warps)) *
                      phase_steps(mlp, phase, plan->precision);
@@ -198,16 +215,22 @@ bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, in
                         // more warps than tiles only wait; every group of a streamed block would stream for itself
                         if (warps > 1 && warps / 2 >= most_tiles) continue;
                         if (!p.resident() && (groups > 1 || (warps < kMaxWarps && 2 * warps <= most_tiles))) continue;
-                        const int64_t bytes = lay_out(needs, &p);
-                        if (least_bytes) *least_bytes = std::min(*least_bytes, bytes);
-                        if (bytes > launch.max_shared_bytes) continue;
+                        const int n_layers = needs.mlp->n_hidden + 1;
+                        const int least = p.resident() ? n_layers : 0;
+                        const int most = regime == Regime::kLean ? 0 : p.resident() ? n_layers : n_layers - 1;
+                        for (int n_resident = least; n_resident <= most; ++n_resident) {
+                            p.resident_layers = largest_layers(*needs.mlp, n_resident);
+                            const int64_t bytes = lay_out(needs, &p);
+                            if (least_bytes) *least_bytes = std::min(*least_bytes, bytes);
+                            if (bytes > launch.max_shared_bytes) break;
 #if defined(JLEBM_CUDA_ON_HOST)
-                        if (plan_allowed && !plan_allowed(p)) continue;
+                            if (plan_allowed && !plan_allowed(p)) continue;
 #endif
-                        // z in the output's memory costs a little; resident before streamed at the same estimate
-                        const double cycles = estimate(needs, p, multiprocessors) * (z_in_shared ? 1.0 : 1.02);
-                        if (found && cycles >= best) continue;
-                        found = true, best = cycles, *plan = p;
+                            // z in the output's memory costs a little; resident before streamed at the same estimate
+                            const double cycles = estimate(needs, p, multiprocessors) * (z_in_shared ? 1.0 : 1.02);
+                            if (found && cycles >= best) continue;
+                            found = true, best = p.estimated_cycles = cycles, *plan = p;
+                        }
                     }
     }
     for (const int groups : {1, 2, 3}) {
@@ -220,7 +243,7 @@ bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, in
 #endif
         const double cycles = estimate_warpgroup(needs, p, multiprocessors);
         if (found && cycles >= best) continue;
-        found = true, best = cycles, *plan = p;
+        found = true, best = p.estimated_cycles = cycles, *plan = p;
     }
     if (found && !plan->resident()) lay_out_streams(needs, plan);
     return found;
@@ -240,7 +263,11 @@ int64_t workspace_bytes(const MlpPlan& plan, int64_t chains, const CudaLaunch& l
 std::string plan_text(const MlpPlan& plan) {
     static const char* const kNames[kPrecisionCount] = {"fp32 (tf32 x 3)", "tf32", "bf16"};
     static const char* const kRegimes[int(Regime::kCount)] = {"resident, ", "streamed, ", "lean, ", "warpgroup, "};
-    return std::string(kRegimes[int(plan.regime)]) + kNames[plan.precision] + ", " +
+    int n_resident = 0;
+    for (uint32_t layers = plan.resident_layers; layers; layers &= layers - 1) ++n_resident;
+    const std::string kept =
+        plan.resident() || n_resident == 0 ? "" : std::to_string(n_resident) + " of the layers in shared memory, ";
+    return std::string(kRegimes[int(plan.regime)]) + kept + kNames[plan.precision] + ", " +
            std::to_string(plan.chains_per_block()) + " chains a block in " + std::to_string(plan.groups) +
            (plan.groups == 1 ? " group of " : " groups of ") + std::to_string(plan.warps) +
            (plan.warps == 1 ? " warp" : " warps") + ", " + std::to_string((plan.shared_bytes + 1023) / 1024) +

@@ -37,7 +37,7 @@ constexpr WarpgroupSize kWarpgroupSizes[] = {{32, 64, 3}, {64, 112, 2}, {112, 20
 // Where weights and slopes are kept.
 enum class Regime : int32_t {
     kResident, // both in shared memory
-    kStreamed, // weights from L2 in every step
+    kStreamed, // weights from L2 in every step, but for as many layers as fit beside the rest
     // As streamed with a shorter ring, and the slopes in device memory. A block for each multiprocessor at most, which
     // takes one batch of chains after the other, so that the slopes' memory does not grow with the chains. For wide
     // nets on chips of little shared memory: 1000 units in float32 on 99 KB.
@@ -89,9 +89,11 @@ struct MlpPlan {
         false; // whether the last layer's product is needed: another head than identity, or energies asked for
     bool z_in_shared = true;
     int32_t shared_bytes = 0;
+    double estimated_cycles = 0; // of a step of all chains
     // bytes from the beginning of shared memory
     int32_t weights_at[kMaxHiddenLayers + 1] = {}; // resident
     int32_t bias_at[kMaxHiddenLayers + 1] = {};
+    uint32_t resident_layers = 0;             // a bit for each layer whose weight stands in shared memory
     int32_t padded_dim = 0, padded_width = 0; // warpgroup: of the kernel's instance
     int32_t out_at = 0;                       // warpgroup: W_out, where logits are computed
     int32_t mean_at = 0, precision_at = 0;    // warpgroup: of the prior
@@ -102,9 +104,11 @@ struct MlpPlan {
     int32_t buffer_at[2] = {}, buffer_plane[2] = {};
     int32_t slopes_at[kMaxHiddenLayers] = {}; // lean: from the beginning of the block's slopes
     int32_t grad_at = 0, z_at = 0, logits_at = 0;
-    int64_t slopes_bytes = 0;                 // lean: of a block, in device memory
-    int64_t stream_begin[kMaxWarps + 1] = {}; // not resident: first fragment of each warp's stream
+    int64_t slopes_bytes = 0; // lean: of a block, in device memory
+    int64_t stream_begin[kMaxWarps + 1] =
+        {}; // of the layers that are not resident: first fragment of each warp's stream
 
+    constexpr JLEBM_HD bool layer_resident(int layer) const { return resident_layers >> layer & 1; }
     constexpr JLEBM_HD bool resident() const { return regime == Regime::kResident || regime == Regime::kWarpgroup; }
 
     constexpr JLEBM_HD int chains_per_group() const { return chain_tiles * kTileChains; }
@@ -144,6 +148,11 @@ constexpr JLEBM_HD int phase_rows(const MlpParams& mlp, Phase phase) {
 constexpr JLEBM_HD int phase_steps(const MlpParams& mlp, Phase phase, int precision) {
     const int k = mlp.widths[phase.layer + (phase.forward ? 0 : 1)];
     return (k + step_k(precision) - 1) / step_k(precision);
+}
+
+// row tiles of a phase whose fragments are streamed
+constexpr JLEBM_HD int streamed_tiles(const MlpParams& mlp, const MlpPlan& plan, Phase phase) {
+    return plan.layer_resident(phase.layer) ? 0 : tiles(phase_rows(mlp, phase));
 }
 
 #if defined(JLEBM_CUDA_ON_HOST)

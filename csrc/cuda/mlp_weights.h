@@ -132,8 +132,8 @@ JLEBM_DEVICE void pack_stream(const MlpParams& mlp, const MlpPlan& plan, bool ge
     constexpr int kM = row_tiles(kPrecision, 1);
     int row_tile = int(blockIdx.x), n = 0;
     Phase phase = phase_of(0, mlp.n_hidden, plan.logits, general_head);
-    while (row_tile >= tiles(phase_rows(mlp, phase))) {
-        row_tile -= tiles(phase_rows(mlp, phase));
+    while (row_tile >= streamed_tiles(mlp, plan, phase)) {
+        row_tile -= streamed_tiles(mlp, plan, phase);
         phase = phase_of(++n, mlp.n_hidden, plan.logits, general_head);
     }
     const int n_tiles = tiles(phase_rows(mlp, phase)), k_steps = phase_steps(mlp, phase, kPrecision);
@@ -142,7 +142,7 @@ JLEBM_DEVICE void pack_stream(const MlpParams& mlp, const MlpPlan& plan, bool ge
     int64_t at = plan.stream_begin[warp];
     for (int i = 0; i < n; ++i) {
         const Phase before = phase_of(i, mlp.n_hidden, plan.logits, general_head);
-        const int all = tiles(phase_rows(mlp, before));
+        const int all = streamed_tiles(mlp, plan, before);
         at += int64_t(first_tile(warp + 1, all, plan.warps) - first_tile(warp, all, plan.warps)) *
               phase_steps(mlp, before, kPrecision);
     }

@@ -1,7 +1,7 @@
 """The four operations on NVIDIA GPUs: CUDA kernels (csrc/cuda), one launch each, compute capability 8.0 and newer.
 
     resident   the weights stay in a multiprocessor's shared memory for the whole chain
-    streamed   larger ones are streamed from L2 in every step, shared by the chains of a block
+    streamed   of larger ones the layers that fit stay there too, the others are streamed from L2 in every step
     lean       the same for wide nets on chips of little shared memory: phi' of the layers waits in device memory
     warpgroup  many chains in bf16 on compute capability 9.0: everything but the weights stays in registers. Not used
                unless asked for, since it has not yet been run on a GPU: JLEBM_CUDA_WARPGROUPS=on (environment), or

@@ -34,7 +34,7 @@ FLAGS = [
 ]  # fmt: skip
 # of an H100, whose choices the tests then see: (multiprocessors, shared memory of a block, warpgroups)
 H100 = (132, 232448, True)
-ANY_PLAN = (-1,) * 5
+ANY_PLAN = (-1,) * 6
 
 
 def kernel_sources() -> list[Path]:

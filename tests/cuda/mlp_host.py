@@ -195,9 +195,10 @@ class Host:
         return ChainResult(out, *kept)
 
     def plan(
-        self, mlp: MLP, chains: int, precision: str, *, shared: int, energies: bool = False, warpgroups: bool = False
-    ) -> dict:
-        self._want(())
+        self, mlp: MLP, chains: int, precision: str, *, shared: int, energies: bool = False, warpgroups: bool = False,
+        plan=()
+    ) -> dict:  # fmt: skip
+        self._want(plan)
         address = native_fields.Addresses()
         fields = native_fields.mlp_fields(mlp, address)
         return self.module.mlp_plan(fields, chains, energies, PRECISIONS[precision], 132, shared, warpgroups)
@@ -219,9 +220,14 @@ class Host:
         return (0, seed, PRECISIONS[precision], workspace.data_ptr(), n_bytes, *limits)
 
     def _want(self, plan: tuple[str | int, ...]) -> None:
-        """(regime, chain tiles, warps, groups, z in shared memory), as many as matter."""
+        """(regime, chain tiles, warps, groups, z in shared memory, layers with resident weights), as many as matter;
+        a streamed plan streams all layers where nothing else is said.
+        """
         named = (REGIMES.index(plan[0]), *plan[1:]) if plan else ()
-        self.module.want_plan((*named, *host_build.ANY_PLAN[len(plan) :]))
+        named = (*named, *host_build.ANY_PLAN[len(named) :])
+        if plan and plan[0] == "streamed" and len(plan) < 6:
+            named = (*named[:5], 0)
+        self.module.want_plan(named)
 
 
 @functools.cache

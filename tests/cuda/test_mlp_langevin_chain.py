@@ -49,7 +49,8 @@ def check(host, mlp, z, update, n_steps, precision, record=Record(True, True), *
     return got
 
 
-# widths, activations, chains, precision, (regime, chain tiles, warps, groups, z in shared memory)
+# widths, activations, chains, precision,
+# (regime, chain tiles, warps, groups, z in shared memory, layers with resident weights)
 SHAPES = [
     ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "fp32", ("resident", 1, 4, 1, 1)),
     ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "bf16", ("resident", 4, 1, 4, 1)),
@@ -57,6 +58,8 @@ SHAPES = [
     ([50, 100, 100, 1], "leaky_relu", 33, "fp32", ("resident", 4, 2, 1, 1)),
     ([100, 200, 200, 1], "gelu", 65, "bf16", ("resident", 4, 4, 2, 0)),
     ([100, 200, 200, 1], "gelu", 8, "fp32", ("streamed", 1, 8)),
+    ([100, 200, 200, 1], "gelu", 8, "fp32", ("streamed", 1, 8, 1, 0, 1)),
+    ([99, 17, 130, 64, 5], ["silu", "gelu", "elu"], 17, "bf16", ("streamed", 2, 8, 1, 0, 2)),
     ([100, 200, 200, 1], "gelu", 7, "bf16", ("resident", 1, 8, 1, 1)),
     ([2, 200, 8], "gelu", 17, "tf32", ("streamed", 2, 8)),
     ([1, 3, 1], "tanh", 1, "fp32", ("resident", 1, 1, 1, 0)),
@@ -172,6 +175,9 @@ def test_bits_do_not_depend_on_geometry_order_or_record(host, precision):
         ("streamed", 1, 8),
         ("streamed", 2, 4),
         ("streamed", 4, 8),
+        ("streamed", 1, 4, 1, 1, 1),
+        ("streamed", 2, 8, 1, 0, 2),
+        ("streamed", 4, 8, 1, 1, 3),
         ("lean", 1, 8),
         ("lean", 1, 4),
     ]
@@ -315,6 +321,20 @@ def test_regime_of_the_published_sizes(host, widths, activation, precision, shar
     assert host.unsupported_reason(mlp, precision, shared) == ""
 
 
+def test_layers_that_fit_are_not_streamed(host):
+    """LEBM in fp32: the middle layer stands in shared memory, the first one comes from L2 in both directions."""
+    mlp = make_mlp([100, 200, 200, 1], "gelu")
+    fragment, steps = 512, {100: 13, 200: 25}  # of 16 rows by 8; steps of 8 along the contraction
+    first_layer = (13 * steps[100] + 7 * steps[200]) * fragment
+    plan = host.plan(mlp, 100, "fp32", shared=H100_SHARED)
+    assert plan["text"].startswith("streamed, 1 of the layers in shared memory, fp32")
+    assert plan["stream_bytes"] == first_layer
+    whole = host.plan(mlp, 100, "fp32", shared=H100_SHARED, plan=("streamed",))
+    assert whole["text"].startswith("streamed, fp32")
+    assert whole["stream_bytes"] == first_layer + 2 * 13 * steps[200] * fragment
+    assert plan["cycles"] < 0.7 * whole["cycles"]
+
+
 def test_slopes_in_device_memory_do_not_grow_with_the_chains(host):
     mlp = make_mlp([100, 1000, 1000, 1], "gelu")
     plans = [
@@ -360,6 +380,7 @@ for widths, head, plan in (
     ([18, 40, 21, 1], "identity", ("resident", 1, 4, 2)),
     ([18, 40, 21, 5], "logsumexp", ("resident", 4, 1, 1, 0)),
     ([7, 33, 1], "identity", ("streamed", 2, 2)),
+    ([18, 40, 21, 5], "logsumexp", ("streamed", 1, 2, 1, 0, 1)),
     ([18, 40, 21, 1], "identity", ("lean", 1, 2)),
 ):
     for precision in mlp_host.PRECISIONS:
