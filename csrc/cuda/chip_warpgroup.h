@@ -24,10 +24,20 @@ JLEBM_DEVICE void fence_for_wgmma() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
-JLEBM_DEVICE void wgmma_begin() {
+// The first kCount words of the operand are in their registers by now: the compiler may not move what makes them behind
+// this, where the instructions already read them.
+template <int kCount, int kWords>
+JLEBM_DEVICE void wgmma_begin(uint32_t (&a)[kWords]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
+}
+template <int kCount>
+JLEBM_DEVICE void wgmma_keep(float (&d)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 // D is not to be read, nor A changed, between the instructions and this
 template <int kCount>

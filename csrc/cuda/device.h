@@ -32,7 +32,8 @@
 //              d as 8 columns after the other in mma's d. b: 16 x N in shared memory as matrices of 8 x 8, 128 bytes
 //              each, a column's 8 elements of k side by side, or with `transposed` a row's 8 columns;
 //              wgmma_operand(shared, along_k, along_n): bytes from matrix to matrix; wgmma_operand_at(b, bytes) moves
-//              wgmma_begin() before the first one, wgmma_end(d) waits for all: between them nobody looks at d
+//              wgmma_keep(d) if the first one adds, wgmma_begin<words>(a of all) before it, wgmma_end(d) waits for
+//              all: between them nobody looks at d
 //              fence_for_wgmma() by whoever wrote shared memory that b names, before the barrier
 //   compiler   opaque(v): v, and nobody knows; what is computed from it is computed there
 //   copies     cp_async_4, _8, _16(shared, global, source_bytes = all): both aligned to the size; the

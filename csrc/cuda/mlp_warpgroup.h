@@ -97,14 +97,15 @@ private:
 
     // acc += operand_ W^T (forward) or operand_ W (backward) of one layer
     template <bool kForward, bool kAdd, int kInputs, int kOutputs, int kColumns>
-    JLEBM_DEVICE void multiply(float (&acc)[kColumns / 2], int layer) const {
+    JLEBM_DEVICE void multiply(float (&acc)[kColumns / 2], int layer) {
         constexpr int kAlongInputs = kCoreBytes, kAlongOutputs = kInputs / 8 * kCoreBytes;
         constexpr int kAlongK = kForward ? kAlongInputs : kAlongOutputs,
                       kAlongN = kForward ? kAlongOutputs : kAlongInputs;
         constexpr int kSteps = (kForward ? kInputs : kOutputs) / 16;
         static_assert(kColumns == (kForward ? kOutputs : kInputs), "columns of the result");
         const uint64_t b = wgmma_operand(shared_memory<unsigned char>(plan_.weights_at[layer]), kAlongK, kAlongN);
-        wgmma_begin();
+        if constexpr (kAdd) wgmma_keep(acc);
+        wgmma_begin<4 * kSteps>(operand_);
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
             const uint32_t a[4] = {operand_[4 * k], operand_[4 * k + 1], operand_[4 * k + 2], operand_[4 * k + 3]};

@@ -100,7 +100,8 @@ warpgroup_product(const float* a, const float* b, float* d, WgmmaFaults faults) 
     const int row = warp_index() * 16 + lane_index() / 4, t = lane_index() % 4;
     float acc[16];
     for (int i = 0; i < 16; ++i) acc[i] = 0.5f;
-    if (faults.begun) wgmma_begin();
+    uint32_t none[1] = {};
+    if (faults.begun) wgmma_begin<0>(none);
     const uint64_t whole = wgmma_operand(bs + faults.at, kAlongK, kAlongN);
     for (int k = 0; k < 2; ++k) {
         uint32_t af[4];

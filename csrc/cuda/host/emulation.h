@@ -106,7 +106,13 @@ inline uint64_t wgmma_operand(const void* shared, int along_k, int along_n) {
     return wgmma_descriptor(uint32_t(address), along_k, along_n);
 }
 inline void fence_for_wgmma() { host::fence_for_wgmma(); }
-inline void wgmma_begin() { host::wgmma_begin(); }
+template <int kCount, int kWords>
+void wgmma_begin(uint32_t (&)[kWords]) {
+    static_assert(kCount <= kWords, "words of the operand");
+    host::wgmma_begin();
+}
+template <int kCount>
+void wgmma_keep(float (&)[kCount]) {}
 template <bool kAdd, bool kTransposed, int kCount>
 void wgmma_bf16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b) {
     host::wgmma(d, 2 * kCount, kAdd, kTransposed, a, b);
