@@ -53,7 +53,11 @@ def names_of(case: Case, chains: int, dry_run: bool) -> Iterator[str]:
         yield from ("cpu fp32", "cpu fp32 spectral", "eager", "eager spectral")
         return
     yield from ("cuda fp32", "cuda tf32", "cuda bf16", "cuda fp32 (graph)", "cuda bf16 (graph)", "eager")
-    if chains >= LEAST_WARPGROUP_CHAINS and case.name in ("HS", "FID", "LEBM"):
+    if (
+        chains >= LEAST_WARPGROUP_CHAINS
+        and case.name in ("HS", "FID", "LEBM")
+        and backends.load("cuda").has_warpgroups()
+    ):
         yield WARPGROUP
     if backends.unavailable_reason("triton") is None:
         yield from ("triton fp32", "triton bf16")

@@ -40,10 +40,10 @@ def _times(measurements: list[dict], limits: dict) -> list[str]:
         if ours and "eager" in times:
             best = min(ours, key=ours.get)
             won = f"   eager / {best}: {times['eager'] / ours[best]:.1f}"
-        bf16 = next((m for m in group if m["name"] == "cuda bf16" and "median_ms" in m), None)
-        if bf16 and limits.get("bf16_tflops"):
-            share = bf16["flops"] / bf16["median_ms"] / 1e9 / limits["bf16_tflops"]
-            won += f"   bf16: {100 * share:.0f} % of the measured matrix rate"
+        for m in group:
+            if m["name"] in ("cuda bf16", "cuda bf16 warpgroup") and "median_ms" in m and limits.get("bf16_tflops"):
+                share = m["flops"] / m["median_ms"] / 1e9 / limits["bf16_tflops"]
+                won += f"   {m['name'].removeprefix('cuda ')}: {100 * share:.0f} % of the measured matrix rate"
         lines.append(f"{case:5}{chains:>8} chains, ms: {text}{won}")
         missing = [f"{m['name']} ({m['skipped']})" for m in group if "skipped" in m]
         if missing:

@@ -343,6 +343,11 @@ def _environment_wants_warpgroups() -> bool:
     return value == "on"
 
 
+def has_warpgroups() -> bool:
+    """Whether the kernels for warpgroups run on the current device."""
+    return _device_facts(torch.cuda.current_device())[4]
+
+
 def _warpgroups(index: int) -> bool:
     wanted = _environment_wants_warpgroups() if _warpgroups_wanted is None else _warpgroups_wanted
     if not wanted:

@@ -107,7 +107,7 @@ def plain_exact(z, mlp, update, n_steps):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_chain_by_warpgroups(chip, device_only, shape):
     """Many chains in bf16 on compute capability 9.0: against float64, and against the resident regime."""
-    if not cuda._device_facts(0)[4]:
+    if not cuda.has_warpgroups():
         pytest.skip("needs compute capability 9.0 and a build for it")
     chains, n_steps = 20_003, 4
     mlp = make_mlp(SHAPES[shape], "gelu" if shape == "LEBM" else "leaky_relu", seed=3)
