@@ -39,6 +39,7 @@ int n_slope_layers(const MlpNeeds& needs) { return needs.mlp->n_hidden - (needs.
 bool suits_warpgroup(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan) {
     if (!launch.warpgroups || launch.precision != kBf16 || !needs.update || needs.slope_of_logits_general())
         return false;
+    if (needs.mlp->n_hidden == 0) return false; // a product of its own stands at the top
     int widest = 0;
     for (int l = 1; l <= needs.mlp->n_hidden; ++l) widest = std::max(widest, needs.mlp->widths[l]);
     for (const WarpgroupSize& size : kWarpgroupSizes)

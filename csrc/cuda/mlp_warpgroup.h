@@ -21,13 +21,12 @@ namespace cuda {
 constexpr int kCoreBytes = 128; // of 8 outputs by 8 inputs
 
 // bytes from a matrix of a weight to the next one in the direction of the outputs
-JLEBM_HD int outputs_stride(int padded_inputs) { return padded_inputs / 8 * kCoreBytes; }
+constexpr JLEBM_HD int outputs_stride(int padded_inputs) { return padded_inputs / 8 * kCoreBytes; }
 
 // kDim, kWidth: dim and the widest hidden layer, padded
 template <int kDim, int kWidth>
 class WarpgroupChains {
     static constexpr int kDimTiles = kDim / 8, kTiles = kWidth / 8; // of 8 features
-    static constexpr int kSlopeBytes = 8;                           // of a tile in a thread: two chains by two features
     using O = Operand<kBf16>;
 
 public:
@@ -98,7 +97,7 @@ private:
     // acc += operand_ W^T (forward) or operand_ W (backward) of one layer
     template <bool kForward, bool kAdd, int kInputs, int kOutputs, int kColumns>
     JLEBM_DEVICE void multiply(float (&acc)[kColumns / 2], int layer) {
-        constexpr int kAlongInputs = kCoreBytes, kAlongOutputs = kInputs / 8 * kCoreBytes;
+        constexpr int kAlongInputs = kCoreBytes, kAlongOutputs = outputs_stride(kInputs);
         constexpr int kAlongK = kForward ? kAlongInputs : kAlongOutputs,
                       kAlongN = kForward ? kAlongOutputs : kAlongInputs;
         constexpr int kSteps = (kForward ? kInputs : kOutputs) / 16;

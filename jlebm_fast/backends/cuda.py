@@ -5,7 +5,8 @@
     lean       the same for wide nets on chips of little shared memory: phi' of the layers waits in device memory
     warpgroup  many chains in bf16 on compute capability 9.0: everything but the weights stays in registers. Not used
                unless asked for, since it has not yet been run on a GPU: JLEBM_CUDA_WARPGROUPS=on (environment), or
-               `using_warpgroups`. It is then one of the choices, by estimated time
+               `using_warpgroups`. It is then one of the choices, by estimated time; the noise is the same in every
+               bit, sums of products may be rounded otherwise than where fewer chains are in a call
 
 Matrix products run in "fp32" (three tf32 products each, float32 accuracy), "tf32" or "bf16" (`precision.py`). Launches
 go to torch's current stream of the tensors' device, never synchronise, and may be captured in a CUDA graph: give the
