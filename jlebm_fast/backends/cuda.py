@@ -3,7 +3,7 @@
     resident   the weights stay in a multiprocessor's shared memory for the whole chain
     streamed   of larger ones the layers that fit stay there too, the others are streamed from L2 in every step
     lean       the same for wide nets on chips of little shared memory: phi' of the layers waits in device memory
-    warpgroup  many chains in bf16 on compute capability 9.0: everything but the weights stays in registers. Not used
+    warpgroup  many chains in bf16 on compute capability 9.0: all but weights and phi' stays in registers. Not used
                unless asked for, since it has not yet been run on a GPU: JLEBM_CUDA_WARPGROUPS=on (environment), or
                `using_warpgroups`. It is then one of the choices, by estimated time; the noise is the same in every
                bit, sums of products may be rounded otherwise than where fewer chains are in a call
