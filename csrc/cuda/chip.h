@@ -151,10 +151,6 @@ JLEBM_DEVICE int64_t opaque(int64_t v) {
     asm volatile("" : "+l"(v));
     return v;
 }
-JLEBM_DEVICE uint64_t opaque(uint64_t v) {
-    asm volatile("" : "+l"(v));
-    return v;
-}
 JLEBM_DEVICE uint32_t float_bits(float v) { return __float_as_uint(v); }
 JLEBM_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 JLEBM_DEVICE float from_bf16(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }

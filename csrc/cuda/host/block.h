@@ -55,7 +55,7 @@ void wgmma_end(float* d, int count);
 
 // counts since the last read, over all blocks of this thread of the host
 struct Statistics {
-    int64_t blocks = 0, barriers = 0, mma = 0, ldmatrix = 0, wgmma = 0;
+    int64_t blocks = 0, barriers = 0, mma = 0, ldmatrix = 0;
     int64_t ldmatrix_wavefronts = 0; // 8 rows of 16 bytes without a bank conflict are one
 };
 Statistics& statistics();

@@ -119,7 +119,6 @@ namespace host {
 void wgmma(float* d, int columns, bool add, bool transposed, const uint32_t* a, uint64_t b) {
     const Exchange& all = exchange(Op::kWgmma, a, 16, nullptr, columns * 2 + transposed);
     const int lane = lane_index(), g = lane / 4, t = lane % 4;
-    statistics().wgmma += lane == 0;
     const unsigned char* const first = shared_base() + int64_t(b & 0x3fff) * 16;
     const int64_t along_k = int64_t(b >> 16 & 0x3fff) * 16, along_n = int64_t(b >> 32 & 0x3fff) * 16;
     if (b >> 46) throw std::runtime_error("wgmma_bf16: a descriptor with swizzling or a base offset");
