@@ -12,15 +12,15 @@ namespace {
 
 using cuda::CudaLaunch;
 
-// (device, stream, precision, workspace, workspace_bytes, multiprocessors, max_shared_bytes, warpgroups); on the host
-// the seed of the order of threads instead of the stream
-using LaunchTuple = std::tuple<int, Address, int, Address, int64_t, int, int, bool>;
+// (device, stream, precision, workspace, workspace_bytes, multiprocessors, max_shared_bytes, warpgroups, clusters); on
+// the host the seed of the order of threads instead of the stream
+using LaunchTuple = std::tuple<int, Address, int, Address, int64_t, int, int, bool, bool>;
 
 CudaLaunch cuda_launch(const LaunchTuple& t) {
     CudaLaunch launch;
     Address stream, workspace;
     std::tie(launch.device, stream, launch.precision, workspace, launch.workspace_bytes, launch.multiprocessors,
-             launch.max_shared_bytes, launch.warpgroups) = t;
+             launch.max_shared_bytes, launch.warpgroups, launch.clusters) = t;
     if (launch.precision < 0 || launch.precision >= cuda::kPrecisionCount)
         throw std::invalid_argument("precision must be 0 (fp32), 1 (tf32) or 2 (bf16), got " +
                                     std::to_string(launch.precision));
@@ -200,9 +200,10 @@ void bind_cuda_devices(py::module_& m) {
         [](int device) {
             const cuda::DeviceFacts facts = cuda::device_facts(device);
             return std::make_tuple(facts.name, facts.capability, facts.multiprocessors, facts.max_shared_bytes,
-                                   facts.warpgroups);
+                                   facts.warpgroups, facts.clusters);
         },
-        py::arg("device"), "(name, compute capability as 90, multiprocessors, shared bytes of a block, warpgroups)");
+        py::arg("device"),
+        "(name, compute capability as 90, multiprocessors, shared bytes of a block, warpgroups, clusters)");
 }
 #endif
 

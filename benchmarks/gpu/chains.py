@@ -19,6 +19,7 @@ from timing import measure
 from torch import Tensor, nn
 
 from jlebm_fast import FastLangevin, backends
+from jlebm_fast.backends.cuda_tried import trying
 from jlebm_fast.bench.cases import CASES, Case
 from jlebm_fast.bench.sections import energy_of
 
@@ -26,9 +27,13 @@ NUMBERS_OF_CHAINS = (100, 1_000, 10_000, 1_000_000)
 PARITY_STEPS = 5
 # of the root mean square of z - z in float64 after five steps: the rounding of the operands, some dozens of terms
 ALLOWED = {"fp32": 1e-5, "tf32": 3e-3, "bf16": 3e-2}
+# regimes that are not used unless asked for: cases, precisions and numbers of chains that they are for; their chain is
+# compared with as many as come first
+TRIED = {
+    "warpgroup": (("HS", "FID", "LEBM"), ("bf16",), (10_000, 1_000_000)),
+    "cluster": (("LEBM", "WIDE"), ("fp32", "bf16"), (100, 1_000, 10_000)),
+}
 # torch.compile takes 20 to 40 s for each shape
-# warpgroups are for a full chip; their chain is compared where it is the plan's choice
-WARPGROUP, LEAST_WARPGROUP_CHAINS = "cuda bf16 warpgroup", 10_000
 COMPILED = {("HS", 100), ("LEBM", 100), ("LEBM", 10_000)}
 MOST_GRAPH_STEPS = 100  # a graph of the plain loop holds some 70 nodes for each step
 MOST_PLAIN_SHARE = 0.75  # of the device's memory for the activations that autograd keeps
@@ -53,12 +58,9 @@ def names_of(case: Case, chains: int, dry_run: bool) -> Iterator[str]:
         yield from ("cpu fp32", "cpu fp32 spectral", "eager", "eager spectral")
         return
     yield from ("cuda fp32", "cuda tf32", "cuda bf16", "cuda fp32 (graph)", "cuda bf16 (graph)", "eager")
-    if (
-        chains >= LEAST_WARPGROUP_CHAINS
-        and case.name in ("HS", "FID", "LEBM")
-        and backends.load("cuda").has_warpgroups()
-    ):
-        yield WARPGROUP
+    for regime, (cases, precisions, numbers) in TRIED.items():
+        if case.name in cases and chains in numbers and backends.load("cuda").runs_here(regime):
+            yield from (f"cuda {precision} {regime}" for precision in precisions)
     if backends.unavailable_reason("triton") is None:
         yield from ("triton fp32", "triton bf16")
     if case.spectral_norm and chains <= 10_000 and case.n_steps <= MOST_GRAPH_STEPS:
@@ -69,11 +71,16 @@ def names_of(case: Case, chains: int, dry_run: bool) -> Iterator[str]:
         yield "compiled graph"
 
 
+def tried_by(name: str) -> str:
+    """The regime of TRIED that a contender's name ends with, or ""."""
+    return last if (last := name.split()[-1]) in TRIED else ""
+
+
 def maker_of(name: str, case: Case, network: nn.Sequential, z: Tensor) -> contenders.Run:
     if name.endswith("(graph)"):
         return contenders.ours_replayed(case, network, z, name.split()[1])
-    if name == WARPGROUP:
-        return contenders.ours_by_warpgroups(case, network, z)
+    if tried_by(name):
+        return contenders.ours_trying(case, network, z, *name.split())
     if name.startswith(("cuda", "triton", "cpu")):
         return contenders.ours(case, network, z, *name.split())
     makers = {
@@ -162,16 +169,15 @@ class Bench:
             return None
         backend, precision = name.split()[:2]
         key = f"{case.name} {backend} {precision}"
-        if name == WARPGROUP:
+        if wanted := tried_by(name):
             key = f"{case.name} {name}"
             if key not in self.parity:
-                cuda = backends.load("cuda")
-                with cuda.using_warpgroups(True):
-                    regime = cuda.regime("mlp_langevin_chain", case.spec, chains=LEAST_WARPGROUP_CHAINS, name=precision)
-                    if not regime.startswith("warpgroup"):
+                cuda, least = backends.load("cuda"), TRIED[wanted][2][0]
+                with trying(wanted):
+                    regime = cuda.regime("mlp_langevin_chain", case.spec, chains=least, name=precision)
+                    if not regime.startswith(wanted):
                         return f"the plan's choice is {regime}"
-                    where = (network, self.device, backend, precision)
-                    self.parity[key] = parity_error(case, *where, chains=LEAST_WARPGROUP_CHAINS)
+                    self.parity[key] = parity_error(case, network, self.device, backend, precision, chains=least)
         elif key not in self.parity:
             self.parity[key] = parity_error(case, network, self.device, backend, precision)
         error = self.parity[key]

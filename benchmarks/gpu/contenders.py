@@ -1,7 +1,7 @@
 """What is timed: our backends in each precision, and what people run today, on the same weights and device.
 
     cuda fp32, tf32, bf16   FastLangevin.sample, Python and launch included      (graph)   the same call, replayed by a
-    cuda bf16 warpgroup     the same in the regime that is not used unless asked for
+    cuda bf16 warpgroup     the same in a regime that is not used unless asked for; cuda fp32 cluster, bf16 cluster too
     triton fp32, bf16       the same through Triton, where it is there                     CUDA graph
     cuda fp32 spectral      the same with a spectral norm, converged once a call
     eager                   the loop of the published codes, one latent layer after the other
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from jlebm_fast import FastLangevin, backends
+from jlebm_fast.backends.cuda_tried import trying
 from jlebm_fast.bench import rivals
 from jlebm_fast.bench.cases import Case
 from jlebm_fast.bench.sections import energy_of
@@ -46,11 +47,11 @@ def ours(case: Case, network: nn.Sequential, z: Tensor, backend: str, precision:
     return lambda: sampler.sample(z)
 
 
-def ours_by_warpgroups(case: Case, network: nn.Sequential, z: Tensor) -> Run:
-    chain = ours(case, network, z, "cuda", "bf16")
+def ours_trying(case: Case, network: nn.Sequential, z: Tensor, backend: str, precision: str, regime: str) -> Run:
+    chain = ours(case, network, z, backend, precision)
 
     def run() -> object:
-        with kernels_of(False).using_warpgroups(True):
+        with trying(regime):
             return chain()
 
     return run

@@ -31,6 +31,17 @@ void enqueue(const LaunchSite& site, void (*kernel)(P...), const Geometry& geome
                                    std::max(launch.max_shared_bytes, int(geometry.shared_bytes))),
               site, geometry, launch);
     const dim3 grid(unsigned(geometry.grid), unsigned(geometry.grid_y), 1);
+    if (geometry.cluster > 1) {
+        cudaLaunchAttribute cluster = {};
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = unsigned(geometry.cluster), cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = grid, config.blockDim = dim3(unsigned(geometry.block));
+        config.dynamicSmemBytes = size_t(geometry.shared_bytes), config.stream = cudaStream_t(launch.stream);
+        config.attrs = &cluster, config.numAttrs = 1;
+        check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...), site, geometry, launch);
+        return;
+    }
     kernel<<<grid, unsigned(geometry.block), size_t(geometry.shared_bytes), cudaStream_t(launch.stream)>>>(
         static_cast<P>(arguments)...);
     check(cudaGetLastError(), site, geometry, launch);
@@ -56,6 +67,59 @@ JLEBM_DEVICE void arrive_group(int id, int n_threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
 JLEBM_DEVICE void sync_warp() { __syncwarp(); }
+
+// Clusters and mbarriers that count bytes are of compute capability 9.0 and newer; for others the kernels that use them
+// are not built.
+JLEBM_DEVICE int cluster_rank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return int(rank);
+}
+// arrive releases what this thread wrote, wait acquires what the others did, in any block's shared memory
+JLEBM_DEVICE void sync_cluster() {
+    __syncwarp(); // .aligned: the lanes come together
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+JLEBM_DEVICE void mbarrier_init(uint64_t* m, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(m)), "r"(arrivals) : "memory");
+}
+JLEBM_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+JLEBM_DEVICE void mbarrier_arrive(uint64_t* m, int bytes = 0) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(m)), "r"(bytes)
+                 : "memory");
+}
+JLEBM_DEVICE void mbarrier_wait(uint64_t* m, int parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}" ::"r"(shared_address(m)),
+                 "r"(parity)
+                 : "memory");
+}
+template <class T>
+JLEBM_DEVICE void store_async(T* own, const T& v, uint64_t* own_mbarrier, int rank) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "what one instruction stores");
+    uint32_t at, m;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(own)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(m) : "r"(shared_address(own_mbarrier)), "r"(rank));
+    const auto* w = reinterpret_cast<const uint32_t*>(&v);
+    if constexpr (sizeof(T) == 4)
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(at), "r"(w[0]),
+                     "r"(m)
+                     : "memory");
+    else if constexpr (sizeof(T) == 8)
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(at),
+                     "r"(w[0]), "r"(w[1]), "r"(m)
+                     : "memory");
+    else
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(at),
+            "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(m)
+            : "memory");
+}
 
 template <class T>
 JLEBM_DEVICE T shuffle(T v, int lane) {

@@ -15,6 +15,14 @@
 //              there is no other: no __shared__ variables
 //   barriers   sync_block(), sync_group(id, n_threads) and arrive_group(id, n_threads) with id 1 … 15 and n_threads a
 //              multiple of 32, sync_warp()
+//   clusters   of geometry.cluster blocks: cluster_rank() of this block; sync_cluster() by all threads of all its
+//   blocks.
+//              An mbarrier, 8 bytes of shared memory, has phases: one ends when as many threads have arrived as
+//              mbarrier_init(m, arrivals) said, and as many bytes have come as arrivals announced.
+//              fence_mbarrier_init() by whoever initialised, then sync_cluster(); mbarrier_arrive(m, bytes = 0);
+//              mbarrier_wait(m, parity) until the phase of this parity (first 0, then 1, 0, …) has ended.
+//              store_async(p, v, m, rank): v, of 4, 8 or 16 bytes, into block `rank`'s shared memory where p is in this
+//              block's, to be read once that block's m has counted its bytes
 //   exchange   shuffle(v, lane), shuffle_xor(v, mask), shuffle_down(v, delta) of 4- and 8-byte values;
 //              warp_any, warp_all (all 32 lanes take part in each of these, and in everything down to ldmatrix)
 //   matrices   mma_m16n8k8_tf32(d, a, b), mma_m16n8k16_bf16(d, a, b): d += a b

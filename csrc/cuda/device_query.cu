@@ -57,6 +57,10 @@ DeviceFacts device_facts(int device) {
 #if defined(JLEBM_CUDA_WARPGROUPS)
     facts.warpgroups = facts.capability == 90; // sm_90a is machine code of this one capability
 #endif
+#if defined(JLEBM_CUDA_CLUSTERS)
+    // the large chips, whose parts have 16 multiprocessors and more
+    facts.clusters = (properties.major == 9 || properties.major == 10) && attribute(cudaDevAttrClusterLaunch, device);
+#endif
     return facts;
 }
 

@@ -12,6 +12,7 @@ struct DeviceFacts {
     int multiprocessors = 0;
     int max_shared_bytes = 0; // of one block, when asked for
     bool warpgroups = false;  // whether the kernels for its warpgroups are in this build and run there
+    bool clusters = false;    // the same of the kernels for clusters of blocks
 };
 
 int driver_version();      // 13000 is CUDA 13.0; 0 without a driver

@@ -13,6 +13,7 @@ struct Geometry {
     int block = 32;   // threads along x, a multiple of 32
     int64_t shared_bytes = 0;
     int grid_y = 1;
+    int cluster = 1; // consecutive blocks along x that run at the same time and reach each other's shared memory
 };
 
 struct LaunchSite {

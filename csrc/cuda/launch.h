@@ -25,6 +25,7 @@ struct CudaLaunch {
     int multiprocessors = 0;  // of the device
     int max_shared_bytes = 0; // dynamic shared memory one block may ask for (232448 on H100, 166912 on A100, 101376)
     bool warpgroups = false;  // compute capability 9.0, and the kernels for its warpgroups are in this build
+    bool clusters = false;    // compute capability 9.0 or 10, and the kernels for clusters of blocks are in this build
 #if defined(JLEBM_CUDA_ON_HOST)
     uint64_t order_seed = 0; // permutes the threads of a block between barriers
 #endif

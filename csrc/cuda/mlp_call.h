@@ -30,6 +30,9 @@ struct MlpCall {
 void run_mlp_call(MlpCall& call, const CudaLaunch& launch);
 template <int kPrecision>
 void enqueue_mlp_kernel(const MlpCall& call, const CudaLaunch& launch); // mlp_kernel_*.cu: one precision each
+template <int kPrecision>
+void enqueue_mlp_cluster(const MlpCall& call,
+                         const CudaLaunch& launch); // mlp_kernel_cluster.cu, after its stream is packed
 
 void enqueue_mlp_warpgroup(const MlpCall& call, const CudaLaunch& launch); // mlp_kernel_warpgroup.cu
 

@@ -16,13 +16,14 @@ namespace cuda {
 template <int kPrecision, int kChainTiles, Regime kRegime>
 class LangevinGroup : private ChainGroup<kPrecision, kChainTiles, kRegime> {
     using Base = ChainGroup<kPrecision, kChainTiles, kRegime>;
-    using Base::call_, Base::plan_, Base::mlp_, Base::thread_, Base::threads_, Base::first_, Base::memory_;
-    using Base::kChains;
+    using Base::call_, Base::plan_, Base::mlp_, Base::rank_, Base::thread_, Base::threads_, Base::first_, Base::memory_;
+    using Base::kChains, Base::kInCluster;
     using O = typename Base::O;
 
 public:
     JLEBM_DEVICE LangevinGroup(const MlpCall& call, int64_t first_of_block)
-        : Base(call, first_of_block), dim_(call.mlp.dim()), n_items_((dim_ + 3) / 4 * kChains),
+        : Base(call, first_of_block), dim_(call.mlp.dim()), first_quad_(own_quad(0)),
+          n_items_((own_quad(1) - first_quad_) * kChains),
           // Items are dealt from the last thread on: the first warps have the larger share of the gradient's row tiles
           // and are the last to finish them.
           first_item_(threads_ - 1 - thread_),
@@ -31,7 +32,7 @@ public:
 
     JLEBM_DEVICE void run() {
         load();
-        this->sync(After::kUpdate);
+        share_z(false);
         for (int64_t step = 0; step < call_.n_steps; ++step) {
             float energy = 0.0f;
             this->energy_and_grad(energy);
@@ -39,11 +40,11 @@ public:
                 update(step, energy);
             else
                 this->sync(After::kGrad);
-            if (call_.energy && thread_ < kChains && first_ + thread_ < call_.chains)
-                call_.energy[first_ + thread_] = energy;
+            if (call_.energy && tells_of_chain()) call_.energy[first_ + thread_] = energy;
         }
         finish();
         this->stream_.finish();
+        if constexpr (kInCluster) sync_cluster(); // a block's memory is there until nobody writes to it
     }
 
 private:
@@ -51,8 +52,19 @@ private:
         float v[4];
     };
 
-    JLEBM_DEVICE int quad_of(int item) const { return item / kChains; }
+    // quadruples [own_quad(0), own_quad(1)) are this block's: those of its row tiles of the gradient
+    JLEBM_DEVICE int own_quad(int next) const {
+        const int n_quads = (dim_ + 3) / 4;
+        if constexpr (!kInCluster) return next ? n_quads : 0;
+        const int quad = this->block_tile(tiles(dim_), next) * (kTileRows / 4);
+        return quad < n_quads ? quad : n_quads;
+    }
+    JLEBM_DEVICE int quad_of(int item) const { return first_quad_ + item / kChains; }
     JLEBM_DEVICE int chain_of(int item) const { return item % kChains; }
+    // whether this thread writes what there is one of for a chain
+    JLEBM_DEVICE bool tells_of_chain() const {
+        return rank_ == 0 && thread_ < kChains && first_ + thread_ < call_.chains;
+    }
     JLEBM_DEVICE bool is_real(int item) const { return item < n_items_ && first_ + chain_of(item) < call_.chains; }
 
     JLEBM_DEVICE Quad read_rows(const float* rows, int64_t row, int quad) const {
@@ -90,6 +102,31 @@ private:
         // Features up to the tile's end meet zero weights, but 0 * NaN of an earlier layer's leftovers would be NaN.
         if (quad == (dim_ + 3) / 4 - 1)
             for (int d = 4 * quad + 4; d < round_up(dim_, kTileRows); ++d) this->store_operand(0, d, chain, 0.0f);
+    }
+
+    // Behind it, the group has z as it was stored in this block, and, where they are told, the first block of a cluster
+    // the sums of the others.
+    JLEBM_DEVICE void share_z(bool diagnostics) {
+        if constexpr (kInCluster) {
+            this->sync(After::kMoved);
+            const int n_tiles = tiles(dim_), begin = this->block_tile(n_tiles, 0) * kTileRows;
+            const int end = this->block_tile(n_tiles, 1) * kTileRows;
+            // rows of a tile stand together, whatever their order
+            const int of_plane = (end - begin) * O::kRowBytes / 16;
+            for (int i = thread_; i < of_plane * kChainTiles; i += threads_) {
+                unsigned char* at = this->buffer(0) + i / of_plane * this->plane(0) + begin * O::kRowBytes;
+                auto* words = reinterpret_cast<Fragment*>(at) + i % of_plane;
+                this->exchange_.send(words, *words);
+            }
+            int bytes = (n_tiles * kTileRows - (end - begin)) * kChainTiles * O::kRowBytes;
+            if (diagnostics && rank_ == 0) {
+                const int64_t real = call_.chains - first_ < kChains ? call_.chains - first_ : int64_t(kChains);
+                bytes += ((dim_ + 3) / 4 - n_items_ / kChains) * int(real) * 3 * 4;
+            }
+            this->await(After::kUpdate, bytes);
+        } else {
+            this->sync(After::kUpdate);
+        }
     }
 
     JLEBM_DEVICE void load() {
@@ -130,11 +167,11 @@ private:
             if (noisy && item != first_item_) eps = noise_of(item, step);
             update_quad(item, coefficients, eps, noisy, diagnostics, trajectory);
         }
-        this->sync(After::kUpdate);
-        if (kept && record.energy && thread_ < kChains && first_ + thread_ < call_.chains)
+        share_z(diagnostics);
+        if (kept && record.energy && tells_of_chain())
             record.energy[kept_index * call_.chains + first_ + thread_] = energy;
         if (!diagnostics) return;
-        if (thread_ < kChains && first_ + thread_ < call_.chains) record_chain(step, kept, kept_index);
+        if (tells_of_chain()) record_chain(step, kept, kept_index);
         // the sums lie where the next step's slopes go; without these, where its gradient goes, barriers later
         if (kRegime != Regime::kLean) this->sync(After::kDiagnostics);
     }
@@ -159,8 +196,18 @@ private:
         }
         store_z(item, z);
         if (trajectory) write_rows(trajectory, chain, quad, z);
-        if (diagnostics) // in the quadruple's own rows of the gradient, which nobody else reads
-            grad[0] = sums.grad2, grad[kTileChains] = sums.move2, grad[2 * kTileChains] = sums.bad;
+        if (!diagnostics) return;
+        // in the quadruple's own rows of the gradient, which nobody else reads; of a cluster, in those of its first
+        // block
+        if (kInCluster && rank_ > 0) {
+            if constexpr (kInCluster) {
+                this->exchange_.send_to(0, grad, sums.grad2);
+                this->exchange_.send_to(0, grad + kTileChains, sums.move2);
+                this->exchange_.send_to(0, grad + 2 * kTileChains, sums.bad);
+            }
+            return;
+        }
+        grad[0] = sums.grad2, grad[kTileChains] = sums.move2, grad[2 * kTileChains] = sums.bad;
     }
 
     JLEBM_DEVICE void record_chain(int64_t step, bool kept, int64_t kept_index) {
@@ -189,11 +236,10 @@ private:
                 write_rows(call_.grad, chain, quad_of(item), g);
             }
         }
-        if (call_.record.first_bad_step && thread_ < kChains && first_ + thread_ < call_.chains)
-            call_.record.first_bad_step[first_ + thread_] = first_bad_;
+        if (call_.record.first_bad_step && tells_of_chain()) call_.record.first_bad_step[first_ + thread_] = first_bad_;
     }
 
-    const int dim_, n_items_, first_item_;
+    const int dim_, first_quad_, n_items_, first_item_;
     const uint64_t key_;
     int64_t first_bad_ = -1, until_kept_, kept_index_ = 0;
 };

@@ -15,7 +15,7 @@ JLEBM_DEVICE void load_parameters(const MlpCall& call) {
     const int thread = int(threadIdx.x), n_threads = int(blockDim.x);
     for (int l = 0; l < n_layers; ++l) {
         const int n_out = mlp.widths[l + 1];
-        if (kRegime != Regime::kLean && call.plan.layer_resident(l))
+        if (kRegime != Regime::kLean && kRegime != Regime::kCluster && call.plan.layer_resident(l))
             load_weight<kPrecision>(shared_memory<unsigned char>(call.plan.weights_at[l]), mlp.weights[l], n_out,
                                     mlp.widths[l]);
         auto* bias = shared_memory<float>(call.plan.bias_at[l]);
@@ -41,7 +41,8 @@ mlp_kernel(JLEBM_PARAMETER MlpCall call) {
              first += int64_t(gridDim.x) * kTileChains)
             LangevinGroup<kPrecision, kChainTiles, kRegime>(call, first).run();
     } else {
-        LangevinGroup<kPrecision, kChainTiles, kRegime>(call, int64_t(blockIdx.x) * call.plan.chains_per_block()).run();
+        const int64_t batch = kRegime == Regime::kCluster ? int(blockIdx.x) / call.plan.cluster : int(blockIdx.x);
+        LangevinGroup<kPrecision, kChainTiles, kRegime>(call, batch * call.plan.chains_per_block()).run();
     }
 }
 
@@ -67,7 +68,7 @@ template <int kPrecision, int kChainTiles, Regime kRegime>
 void enqueue_chains(const MlpCall& call, const CudaLaunch& launch) {
     const int64_t blocks = mlp_blocks(call.plan, call.chains, launch);
     JLEBM_LAUNCH((mlp_kernel<kPrecision, kChainTiles, kRegime>),
-                 (Geometry{blocks, call.plan.threads(), call.plan.shared_bytes}), launch, call);
+                 (Geometry{blocks, call.plan.threads(), call.plan.shared_bytes, 1, call.plan.cluster}), launch, call);
 }
 
 template <int kPrecision, Regime kRegime>
@@ -85,7 +86,10 @@ void enqueue_tiles(const MlpCall& call, const CudaLaunch& launch) {
 template <int kPrecision>
 void enqueue_mlp_kernel(const MlpCall& call, const CudaLaunch& launch) {
     if (call.plan.resident()) return enqueue_tiles<kPrecision, Regime::kResident>(call, launch);
-    enqueue_pack<kPrecision>(call, launch);
+    if (call.plan.stream_fragments) enqueue_pack<kPrecision>(call, launch);
+#if defined(JLEBM_CUDA_CLUSTERS) || defined(JLEBM_CUDA_ON_HOST)
+    if (call.plan.regime == Regime::kCluster) return enqueue_mlp_cluster<kPrecision>(call, launch);
+#endif
     if (call.plan.regime == Regime::kLean) return enqueue_chains<kPrecision, 1, Regime::kLean>(call, launch);
     enqueue_tiles<kPrecision, Regime::kStreamed>(call, launch);
 }

@@ -19,7 +19,7 @@ namespace {
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // all that a plan depends on
-using PlanKey = std::array<int64_t, kMaxHiddenLayers + 2 + 9>;
+using PlanKey = std::array<int64_t, kMaxHiddenLayers + 2 + 10>;
 
 PlanKey plan_key(const MlpNeeds& needs, const CudaLaunch& launch) {
     PlanKey key{needs.chains,
@@ -30,8 +30,9 @@ PlanKey plan_key(const MlpNeeds& needs, const CudaLaunch& launch) {
                 launch.precision,
                 launch.multiprocessors,
                 launch.max_shared_bytes,
-                launch.warpgroups};
-    for (int l = 0; l < needs.mlp->n_hidden + 2; ++l) key[size_t(9 + l)] = needs.mlp->widths[l];
+                launch.warpgroups,
+                launch.clusters};
+    for (int l = 0; l < needs.mlp->n_hidden + 2; ++l) key[size_t(10 + l)] = needs.mlp->widths[l];
     return key;
 }
 

@@ -33,6 +33,8 @@ struct WarpgroupSize {
     int dim, width, groups;
 };
 constexpr WarpgroupSize kWarpgroupSizes[] = {{32, 64, 3}, {64, 112, 2}, {112, 208, 2}};
+constexpr int kMaxClusterBlocks = 8; // what every chip with clusters can launch
+constexpr int kExchangeBytes = 48;   // of shared memory: cluster_exchange.h
 
 // Where weights and slopes are kept.
 enum class Regime : int32_t {
@@ -42,6 +44,10 @@ enum class Regime : int32_t {
     // takes one batch of chains after the other, so that the slopes' memory does not grow with the chains. For wide
     // nets on chips of little shared memory: 1000 units in float32 on 99 KB.
     kLean,
+    // The units of each layer are shared out among the blocks of a cluster, each with its own fragments of the weights,
+    // in shared memory as far as they fit, streamed from L2 otherwise. What a block computes it writes to all others:
+    // every block has the whole operand of the next product. For few chains, which leave most multiprocessors idle.
+    kCluster,
     // Weights in shared memory, everything else in registers: 64 chains by each warpgroup (mlp_warpgroup.h). For many
     // chains in bf16 on compute capability 9.0.
     kWarpgroup,
@@ -83,7 +89,8 @@ struct MlpPlan {
     int32_t precision = 0;
     int32_t chain_tiles = 1; // of a group
     int32_t groups = 1;      // of a block
-    int32_t warps = 1;       // of a group
+    int32_t warps = 1;       // of a group in a block
+    int32_t cluster = 1;     // blocks that share a group
     Regime regime = Regime::kResident;
     bool logits =
         false; // whether the last layer's product is needed: another head than identity, or energies asked for
@@ -94,6 +101,7 @@ struct MlpPlan {
     int32_t weights_at[kMaxHiddenLayers + 1] = {}; // resident
     int32_t bias_at[kMaxHiddenLayers + 1] = {};
     uint32_t resident_layers = 0;             // a bit for each layer whose weight stands in shared memory
+    int32_t kept_at = 0, exchange_at = 0;     // cluster: the warps' own fragments of those layers; cluster_exchange.h
     int32_t padded_dim = 0, padded_width = 0; // warpgroup: of the kernel's instance
     int32_t out_at = 0;                       // warpgroup: W_out, where logits are computed
     int32_t mean_at = 0, precision_at = 0;    // warpgroup: of the prior
@@ -104,15 +112,16 @@ struct MlpPlan {
     int32_t buffer_at[2] = {}, buffer_plane[2] = {};
     int32_t slopes_at[kMaxHiddenLayers] = {}; // lean: from the beginning of the block's slopes
     int32_t grad_at = 0, z_at = 0, logits_at = 0;
-    int64_t slopes_bytes = 0; // lean: of a block, in device memory
-    int64_t stream_begin[kMaxWarps + 1] =
-        {}; // of the layers that are not resident: first fragment of each warp's stream
+    int64_t slopes_bytes = 0;     // lean: of a block, in device memory
+    int64_t stream_fragments = 0; // of the layers that are not resident, of all warps
 
     constexpr JLEBM_HD bool layer_resident(int layer) const { return resident_layers >> layer & 1; }
     constexpr JLEBM_HD bool resident() const { return regime == Regime::kResident || regime == Regime::kWarpgroup; }
 
     constexpr JLEBM_HD int chains_per_group() const { return chain_tiles * kTileChains; }
+    // of a block, or of the blocks of a cluster together
     constexpr JLEBM_HD int chains_per_block() const { return groups * chains_per_group(); }
+    constexpr JLEBM_HD int warps_per_group() const { return cluster * warps; }
     constexpr JLEBM_HD int threads() const { return groups * warps * kWarp; }
 };
 
@@ -153,6 +162,20 @@ constexpr JLEBM_HD int phase_steps(const MlpParams& mlp, Phase phase, int precis
 // row tiles of a phase whose fragments are streamed
 constexpr JLEBM_HD int streamed_tiles(const MlpParams& mlp, const MlpPlan& plan, Phase phase) {
     return plan.layer_resident(phase.layer) ? 0 : tiles(phase_rows(mlp, phase));
+}
+
+// Fragments of all warps before `warp` of its group, of the layers that are kept in shared memory or of the others:
+// where the warp's own begin.
+constexpr JLEBM_HD int64_t fragments_before(const MlpParams& mlp, const MlpPlan& plan, bool general_head, bool kept,
+                                            int warp) {
+    int64_t before = 0;
+    for (int n = 0; n < phase_count(mlp.n_hidden, plan.logits, general_head); ++n) {
+        const Phase phase = phase_of(n, mlp.n_hidden, plan.logits, general_head);
+        if (plan.layer_resident(phase.layer) == kept)
+            before += int64_t(first_tile(warp, tiles(phase_rows(mlp, phase)), plan.warps_per_group())) *
+                      phase_steps(mlp, phase, plan.precision);
+    }
+    return before;
 }
 
 #if defined(JLEBM_CUDA_ON_HOST)

@@ -1,5 +1,6 @@
 // Fragments of the weights, forward (A = W, rows are outputs) and backward (A = W^T, rows are inputs), from one copy in
-// shared memory (resident) or from two packed streams in device memory (streamed).
+// shared memory (resident), from two packed streams in device memory (streamed), or as each warp's own fragments in
+// shared memory (cluster).
 #pragma once
 
 #include "cuda/operand.h"
@@ -124,12 +125,80 @@ private:
     int slot_;
 };
 
+// The fragment at a row tile and a step of the contraction, from the float32 weight itself.
+template <int kPrecision>
+JLEBM_DEVICE Fragment fragment_of(const MlpParams& mlp, Phase phase, int row_tile, int k) {
+    using O = Operand<kPrecision>;
+    const int n_in = mlp.widths[phase.layer], n_out = mlp.widths[phase.layer + 1];
+    const float* weight = mlp.weights[phase.layer];
+    const int lane = lane_index(), g = lane / 4, t = lane % 4;
+    const auto element = [&](int row, int k) {
+        const int out = phase.forward ? row : k, in = phase.forward ? k : row;
+        return out < n_out && in < n_in ? load_readonly(weight + int64_t(out) * n_in + in) : 0.0f;
+    };
+    Fragment a;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int row = row_tile * kTileRows + g + i % 2 * 8;
+        if constexpr (kPrecision == kBf16) {
+            const int column = k * 16 + 2 * t + i / 2 * 8;
+            a.r[i] = pack_bf16(element(row, column), element(row, column + 1));
+        } else {
+            const int slot = phase.forward ? t + i / 2 * 4 : 2 * t + i / 2;
+            a.r[i] = float_bits(O::element(element(row, k * 8 + slot)));
+        }
+    }
+    return a;
+}
+
+// A warp's own fragments in shared memory, in the order in which it uses them.
+class KeptWeights {
+public:
+    JLEBM_DEVICE explicit KeptWeights(unsigned char* at)
+        : begin_(reinterpret_cast<Fragment*>(at) + lane_index()), next_(begin_) {}
+
+    // Each lane writes what it alone reads: no barrier.
+    template <int kPrecision, int kChainTiles>
+    JLEBM_DEVICE void load(const MlpParams& mlp, const MlpPlan& plan, bool general_head, int warp) {
+        Fragment* to = begin_;
+        constexpr int kM = row_tiles(kPrecision, kChainTiles);
+#pragma unroll 1
+        for (int n = 0; n < phase_count(mlp.n_hidden, plan.logits, general_head); ++n) {
+            const Phase phase = phase_of(n, mlp.n_hidden, plan.logits, general_head);
+            if (!plan.layer_resident(phase.layer)) continue;
+            const int n_tiles = tiles(phase_rows(mlp, phase)), k_steps = phase_steps(mlp, phase, kPrecision);
+            const int end = first_tile(warp + 1, n_tiles, plan.warps_per_group());
+#pragma unroll 1
+            for (int tile = first_tile(warp, n_tiles, plan.warps_per_group()); tile < end; tile += kM) {
+                const int count = end - tile < kM ? end - tile : kM;
+#pragma unroll 1
+                for (int m = 0; m < count; ++m)
+#pragma unroll 4 // 16 loads on their way at a time, 32 in bf16
+                    for (int k = 0; k < k_steps; ++k)
+                        to[(k * count + m) * kWarp] = fragment_of<kPrecision>(mlp, phase, tile + m, k);
+                to += k_steps * count * kWarp;
+            }
+        }
+    }
+    JLEBM_DEVICE void rewind() { next_ = begin_; }
+    JLEBM_DEVICE Fragment next(int) {
+        const Fragment a = *next_;
+        next_ += kWarp;
+        return a;
+    }
+    JLEBM_DEVICE void step() {}
+
+private:
+    Fragment* const begin_;
+    const Fragment* next_;
+};
+
 // Writes the streams: one block for each row tile of each phase, its warps take turns with the steps of the
 // contraction.
 template <int kPrecision>
 JLEBM_DEVICE void pack_stream(const MlpParams& mlp, const MlpPlan& plan, bool general_head, Fragment* fragments) {
-    using O = Operand<kPrecision>;
     constexpr int kM = row_tiles(kPrecision, 1);
+    const int n_warps = plan.warps_per_group();
     int row_tile = int(blockIdx.x), n = 0;
     Phase phase = phase_of(0, mlp.n_hidden, plan.logits, general_head);
     while (row_tile >= streamed_tiles(mlp, plan, phase)) {
@@ -138,43 +207,22 @@ JLEBM_DEVICE void pack_stream(const MlpParams& mlp, const MlpPlan& plan, bool ge
     }
     const int n_tiles = tiles(phase_rows(mlp, phase)), k_steps = phase_steps(mlp, phase, kPrecision);
     int warp = 0;
-    while (first_tile(warp + 1, n_tiles, plan.warps) <= row_tile) ++warp;
-    int64_t at = plan.stream_begin[warp];
+    while (first_tile(warp + 1, n_tiles, n_warps) <= row_tile) ++warp;
+    int64_t at = fragments_before(mlp, plan, general_head, false, warp);
     for (int i = 0; i < n; ++i) {
         const Phase before = phase_of(i, mlp.n_hidden, plan.logits, general_head);
         const int all = streamed_tiles(mlp, plan, before);
-        at += int64_t(first_tile(warp + 1, all, plan.warps) - first_tile(warp, all, plan.warps)) *
+        at += int64_t(first_tile(warp + 1, all, n_warps) - first_tile(warp, all, n_warps)) *
               phase_steps(mlp, before, kPrecision);
     }
     // passes of m row tiles; within a pass step after step, within a step tile after tile
     const int m_tiles = plan.chain_tiles == 4 ? row_tiles(kPrecision, 4) : kM;
-    const int first = first_tile(warp, n_tiles, plan.warps), last = first_tile(warp + 1, n_tiles, plan.warps);
+    const int first = first_tile(warp, n_tiles, n_warps), last = first_tile(warp + 1, n_tiles, n_warps);
     const int pass = (row_tile - first) / m_tiles * m_tiles;
     const int count = last - first - pass < m_tiles ? last - first - pass : m_tiles;
     at += int64_t(pass) * k_steps + (row_tile - first - pass);
-
-    const int n_in = mlp.widths[phase.layer], n_out = mlp.widths[phase.layer + 1];
-    const float* weight = mlp.weights[phase.layer];
-    const int lane = lane_index(), g = lane / 4, t = lane % 4;
-    const auto element = [&](int row, int k) {
-        const int out = phase.forward ? row : k, in = phase.forward ? k : row;
-        return out < n_out && in < n_in ? load_readonly(weight + int64_t(out) * n_in + in) : 0.0f;
-    };
-    for (int k = warp_index(); k < k_steps; k += int(blockDim.x) / kWarp) {
-        Fragment a;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int row = row_tile * kTileRows + g + i % 2 * 8;
-            if constexpr (kPrecision == kBf16) {
-                const int column = k * 16 + 2 * t + i / 2 * 8;
-                a.r[i] = pack_bf16(element(row, column), element(row, column + 1));
-            } else {
-                const int slot = phase.forward ? t + i / 2 * 4 : 2 * t + i / 2;
-                a.r[i] = float_bits(O::element(element(row, k * 8 + slot)));
-            }
-        }
-        fragments[(at + int64_t(k) * count) * kWarp + lane] = a;
-    }
+    for (int k = warp_index(); k < k_steps; k += int(blockDim.x) / kWarp)
+        fragments[(at + int64_t(k) * count) * kWarp + lane_index()] = fragment_of<kPrecision>(mlp, phase, row_tile, k);
 }
 
 } // namespace cuda

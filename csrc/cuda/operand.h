@@ -27,15 +27,13 @@ struct Operand<kBf16> {
     using Element = uint16_t;
     static constexpr int kBytes = 2;
     static constexpr int kRowBytes = kTileChains * kBytes;
+    using Pair = uint32_t; // of neighbouring chains
 
     JLEBM_DEVICE static float round(float v) { return from_bf16(to_bf16(v)); }
     JLEBM_DEVICE static Element element(float v) { return to_bf16(v); }
     JLEBM_DEVICE static float value(Element e) { return from_bf16(e); }
     JLEBM_DEVICE static int row_at(int feature) { return feature * kRowBytes; }
-    // chains 2t, 2t + 1 of a feature
-    JLEBM_DEVICE static void store_pair(unsigned char* row, int t, float v0, float v1) {
-        *reinterpret_cast<uint32_t*>(row + 4 * t) = pack_bf16(v0, v1);
-    }
+    JLEBM_DEVICE static Pair pair(float v0, float v1) { return pack_bf16(v0, v1); }
     struct alignas(8) Slopes {
         uint32_t pair[2];
     };
@@ -50,6 +48,7 @@ struct WordOperand {
     using Element = float;
     static constexpr int kBytes = 4;
     static constexpr int kRowBytes = kTileChains * kBytes;
+    using Pair = float2;
 
     JLEBM_DEVICE static float value(float e) { return e; }
     // Rows 4 to 7 of each eight trade places in pairs: then rows (0, 1, 2, 3) and rows (0, 2, 4, 6), which a forward
@@ -68,18 +67,14 @@ template <>
 struct Operand<kTf32> : WordOperand {
     JLEBM_DEVICE static float round(float v) { return bits_float(to_tf32(v)); }
     JLEBM_DEVICE static float element(float v) { return round(v); }
-    JLEBM_DEVICE static void store_pair(unsigned char* row, int t, float v0, float v1) {
-        *reinterpret_cast<float2*>(row + 8 * t) = make_float2(round(v0), round(v1));
-    }
+    JLEBM_DEVICE static Pair pair(float v0, float v1) { return make_float2(round(v0), round(v1)); }
 };
 
 template <>
 struct Operand<kFp32> : WordOperand {
     JLEBM_DEVICE static float round(float v) { return v; }
     JLEBM_DEVICE static float element(float v) { return v; }
-    JLEBM_DEVICE static void store_pair(unsigned char* row, int t, float v0, float v1) {
-        *reinterpret_cast<float2*>(row + 8 * t) = make_float2(v0, v1);
-    }
+    JLEBM_DEVICE static Pair pair(float v0, float v1) { return make_float2(v0, v1); }
 };
 
 // v = hi + lo to 2^-22 of v; an infinite v has lo = NaN, as inf * 0 would in the plain product

@@ -3,10 +3,15 @@
     resident   the weights stay in a multiprocessor's shared memory for the whole chain
     streamed   of larger ones the layers that fit stay there too, the others are streamed from L2 in every step
     lean       the same for wide nets on chips of little shared memory: phi' of the layers waits in device memory
-    warpgroup  many chains in bf16 on compute capability 9.0: all but weights and phi' stays in registers. Not used
-               unless asked for, since it has not yet been run on a GPU: JLEBM_CUDA_WARPGROUPS=on (environment), or
-               `using_warpgroups`. It is then one of the choices, by estimated time; the noise is the same in every
-               bit, sums of products may be rounded otherwise than where fewer chains are in a call
+
+Two more are used only by who asks for them, in the environment (JLEBM_CUDA_TRY=cluster,warpgroup) or by
+`cuda_tried.trying`, since they have not yet been run on a GPU. They are then choices among the others, by estimated
+time:
+
+    cluster    few chains of a net whose weights do not fit, on compute capability 9.0 and 10: the units of each layer
+               are shared out among the blocks of a cluster. The same z in every bit
+    warpgroup  many chains in bf16 on compute capability 9.0: all but weights and phi' stays in registers. The noise is
+               the same in every bit, sums of products may be rounded otherwise than where fewer chains are in a call
 
 Matrix products run in "fp32" (three tf32 products each, float32 accuracy), "tf32" or "bf16" (`precision.py`). Launches
 go to torch's current stream of the tensors' device, never synchronise, and may be captured in a CUDA graph: give the
@@ -18,8 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -30,13 +34,12 @@ from ..checks import describe
 from ..modes import on_device_of
 from ..problem import MAX_HIDDEN_LAYERS, MLP, ChainResult, MLPSpec, Record, Update
 from . import _native
+from .cuda_tried import TRIED, tried
 from .native_fields import Addresses, mlp_fields, shape_fields, update_fields
 
 NAME = "cuda"
 READS_KEY_TENSORS = True
 TAKES_PRECISION = True
-
-WARPGROUPS = "JLEBM_CUDA_WARPGROUPS"  # environment: on or off
 
 MOST_WEIGHTS = MAX_HIDDEN_LAYERS + 1  # of one launch of `top_singulars`
 
@@ -48,7 +51,7 @@ class Kernels:
 
     native   jlebm_fast._C, or the same kernels built for the host
     launch   (device, workspace) -> (device, stream, precision, workspace, its bytes, multiprocessors, shared bytes,
-             whether warpgroups are a choice)
+             whether warpgroups are a choice, whether clusters are)
     """
 
     def __init__(self, native: ModuleType, launch: Launch) -> None:
@@ -308,59 +311,25 @@ def unsupported_reason(
 @functools.cache
 def _device_reason(index: int, spec: MLPSpec | None, name: str) -> str | None:
     native = _native.load()
-    _, capability, multiprocessors, max_shared_bytes, _ = _device_facts(index)
+    _, capability, multiprocessors, max_shared_bytes, *_ = _device_facts(index)
     reason = native.cuda_capability_reason(capability, native.cuda_archs)
     if not reason and spec is not None:
-        launch = (index, 0, precision.NAMES.index(name), 0, 0, multiprocessors, max_shared_bytes, False)
+        launch = (index, 0, precision.NAMES.index(name), 0, 0, multiprocessors, max_shared_bytes, False, False)
         reason = native.cuda_mlp_unsupported_reason(mlp=shape_fields(spec), launch=launch)
     return reason or None
 
 
 @functools.cache
-def _device_facts(index: int) -> tuple[str, int, int, int, bool]:
-    """(name, compute capability as 90, multiprocessors, shared memory of a block, warpgroup kernels run there)."""
+def _device_facts(index: int) -> tuple[str, int, int, int, bool, bool]:
+    """(name, compute capability as 90, multiprocessors, shared memory of a block, whether the kernels of each of TRIED
+    run there).
+    """
     return _native.load().cuda_device(index)
 
 
-_warpgroups_wanted: bool | None = None  # inside `using_warpgroups`
-
-
-@contextlib.contextmanager
-def using_warpgroups(wanted: bool) -> Iterator[None]:
-    """Whether chains inside may run by warpgroups, whatever the environment says. For the whole process."""
-    global _warpgroups_wanted
-    before, _warpgroups_wanted = _warpgroups_wanted, wanted
-    try:
-        yield
-    finally:
-        _warpgroups_wanted = before
-
-
-@functools.cache
-def _environment_wants_warpgroups() -> bool:
-    value = os.environ.get(WARPGROUPS, "off")
-    if value not in ("on", "off"):
-        raise ValueError(f"{WARPGROUPS} must be 'on' or 'off', got {value!r}")
-    return value == "on"
-
-
-def has_warpgroups() -> bool:
-    """Whether the kernels for warpgroups run on the current device."""
-    return _device_facts(torch.cuda.current_device())[4]
-
-
-def _warpgroups(index: int) -> bool:
-    wanted = _environment_wants_warpgroups() if _warpgroups_wanted is None else _warpgroups_wanted
-    if not wanted:
-        return False
-    name, capability, *_, there = _device_facts(index)
-    if not there:
-        raise ValueError(
-            f"warpgroups were asked for ({WARPGROUPS}=on or using_warpgroups): they need a GPU of compute capability "
-            f"9.0 (H100, H200) and a build for it, got {name} of {capability / 10} and a build for "
-            f"{_native.load().cuda_archs}; leave them off, or build with JLEBM_CUDA_ARCHS=90"
-        )
-    return True
+def runs_here(regime: str) -> bool:
+    """Whether the kernels of a regime of `cuda_tried.TRIED` are in this build and run on the current device."""
+    return _device_facts(torch.cuda.current_device())[4 + TRIED.index(regime)]
 
 
 def _launch(device: torch.device, workspace: Tensor | None) -> tuple:
@@ -372,7 +341,7 @@ def _launch(device: torch.device, workspace: Tensor | None) -> tuple:
         0 if workspace is None else workspace.data_ptr(),
         0 if workspace is None else workspace.numel(),
         *_device_facts(index)[2:4],
-        _warpgroups(index),
+        *tried(_device_facts(index)),
     )
 
 

@@ -31,6 +31,8 @@ CudaLaunch launch_of(uint64_t seed) {
     return launch;
 }
 
+#include "emulation_check_cluster.h"
+
 // --- fragments: one warp, 16 x 8 = 16 x K times K x 8 ----------------------------------------------------------------
 
 JLEBM_KERNEL(32, 1) tf32_product(const float* a, const float* b, float* d) {
@@ -341,6 +343,16 @@ void check_reported(const std::string& which, uint64_t seed) {
         check_wgmma<false>(seed, {true, true, false, false, 0});
     else if (which == "foreign_wgmma")
         check_wgmma<true>(seed, {true, true, true, false, 128});
+    else if (which == "cluster_not_begun")
+        check_cluster(seed, {false, true, true, true, 64, 64 * 28});
+    else if (which == "unfenced_mbarrier")
+        check_cluster(seed, {true, false, true, true, 64, 64 * 28});
+    else if (which == "too_many_arrivals")
+        check_cluster(seed, {true, true, false, true, 32, 64 * 28});
+    else if (which == "bytes_that_never_come")
+        check_cluster(seed, {true, true, true, true, 64, 64 * 28 + 4});
+    else if (which == "sent_to_an_ended_block")
+        check_cluster(seed, {true, true, true, false, 64, 64 * 28});
     else if (which == "too_much_shared")
         enqueue({"nothing", "here", 1}, &nothing, Geometry{1, 32, 101377}, launch);
     else
@@ -363,6 +375,10 @@ int main(int argc, char** argv) {
             check_wgmma<true>(seed, {});
         } else if (which == "wgmma_read_early")
             check_wgmma<false>(seed, {true, true, true, true, 0});
+        else if (which == "cluster")
+            check_cluster(seed, {});
+        else if (which == "cluster_read_early")
+            check_cluster(seed, {true, true, false, true, 64, 64 * 28});
         else if (which == "rounding")
             check_rounding(seed);
         else if (which == "ldmatrix")

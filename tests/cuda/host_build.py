@@ -32,9 +32,9 @@ FLAGS = [
     "-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread",
     "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DJLEBM_CUDA_ON_HOST", "-I", str(ROOT / "csrc"),
 ]  # fmt: skip
-# of an H100, whose choices the tests then see: (multiprocessors, shared memory of a block, warpgroups)
-H100 = (132, 232448, True)
-ANY_PLAN = (-1,) * 6
+# of an H100, whose choices the tests then see: (multiprocessors, shared memory of a block, warpgroups, clusters)
+H100 = (132, 232448, True, True)
+ANY_PLAN = (-1,) * 7
 
 
 def kernel_sources() -> list[Path]:
@@ -125,9 +125,10 @@ def host_module() -> ModuleType:
     return load(build_module("module", []))
 
 
-def launch_limits(limits: tuple) -> tuple[int, int, bool]:
-    """(multiprocessors, shared memory[, warpgroups]) -> all three; a chip without warpgroups where nothing is said."""
-    return limits if len(limits) == 3 else (*limits, False)
+def launch_limits(limits: tuple) -> tuple[int, int, bool, bool]:
+    """(multiprocessors, shared memory[, warpgroups[, clusters]]) -> all four; a chip without them where nothing is
+    said."""
+    return (*limits, False, False)[:4]
 
 
 def on_host(order_seed: int = 0, limits: tuple = H100) -> Kernels:

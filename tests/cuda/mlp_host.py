@@ -17,7 +17,7 @@ from jlebm_fast.problem import MLP, ChainResult, MLPSpec, Record, Update
 
 PRECISIONS = {"fp32": 0, "tf32": 1, "bf16": 2}
 POISON = 0xFF  # in every byte: a NaN in every precision
-REGIMES = ("resident", "streamed", "lean", "warpgroup")
+REGIMES = ("resident", "streamed", "lean", "cluster", "warpgroup")
 H100_SHARED, A100_SHARED, CONSUMER_SHARED = 232448, 166912, 101376
 
 
@@ -196,17 +196,17 @@ class Host:
 
     def plan(
         self, mlp: MLP, chains: int, precision: str, *, shared: int, energies: bool = False, warpgroups: bool = False,
-        plan=()
+        clusters: bool = False, plan=()
     ) -> dict:  # fmt: skip
         self._want(plan)
         address = native_fields.Addresses()
         fields = native_fields.mlp_fields(mlp, address)
-        return self.module.mlp_plan(fields, chains, energies, PRECISIONS[precision], 132, shared, warpgroups)
+        return self.module.mlp_plan(fields, chains, energies, PRECISIONS[precision], 132, shared, warpgroups, clusters)
 
     def unsupported_reason(self, mlp: MLP, precision: str, shared: int) -> str:
         self._want(())
         address = native_fields.Addresses()
-        launch = (0, 0, PRECISIONS[precision], 0, 0, 132, shared, False)
+        launch = (0, 0, PRECISIONS[precision], 0, 0, 132, shared, False, False)
         return self.module.cuda_mlp_unsupported_reason(mlp=native_fields.mlp_fields(mlp, address), launch=launch)
 
     def _launch(self, op, chains, fields, energies, address, precision, seed, limits) -> tuple:
@@ -220,13 +220,13 @@ class Host:
         return (0, seed, PRECISIONS[precision], workspace.data_ptr(), n_bytes, *limits)
 
     def _want(self, plan: tuple[str | int, ...]) -> None:
-        """(regime, chain tiles, warps, groups, z in shared memory, layers with resident weights), as many as matter;
-        a streamed plan streams all layers where nothing else is said.
+        """(regime, chain tiles, warps, groups, z in shared memory, layers with resident weights, blocks of a cluster),
+        as many as matter; a streamed plan streams all layers where nothing else is said.
         """
         named = (REGIMES.index(plan[0]), *plan[1:]) if plan else ()
         named = (*named, *host_build.ANY_PLAN[len(named) :])
         if plan and plan[0] == "streamed" and len(plan) < 6:
-            named = (*named[:5], 0)
+            named = (*named[:5], 0, *named[6:])
         self.module.want_plan(named)
 
 

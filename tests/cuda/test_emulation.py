@@ -10,11 +10,11 @@ from host_build import FLAGS, ROOT, built
 
 SOURCES = [
     Path(__file__).with_name("emulation_check.cpp"),
-    *(ROOT / "csrc/cuda/host" / f"{name}.cpp" for name in ("fibres", "block", "tensor_core")),
+    *(ROOT / "csrc/cuda/host" / f"{name}.cpp" for name in ("fibres", "block", "grid", "tensor_core")),
 ]
 SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 VARIANTS = {"plain": [], "sanitized": SANITIZERS, "ucontext": ["-DJLEBM_UCONTEXT"]}
-SOUND = ("tf32", "bf16", "rounding", "ldmatrix", "exchange", "named_barriers", "barrier", "copies", "wgmma")
+SOUND = ("tf32", "bf16", "rounding", "ldmatrix", "exchange", "named_barriers", "barrier", "copies", "wgmma", "cluster")
 REPORTED = {
     "divergent_barrier": "40 of 64 came",
     "divergent_warp": "while lane",
@@ -26,6 +26,11 @@ REPORTED = {
     "wgmma_not_begun": "without wgmma_begin",
     "forgotten_wgmma": "matrix instructions that it never waited for",
     "foreign_wgmma": "are not in the block's",
+    "cluster_not_begun": "before the first sync_cluster",
+    "unfenced_mbarrier": "no mbarrier_init and fence_mbarrier_init",
+    "too_many_arrivals": "more threads than the 32",
+    "bytes_that_never_come": "at an mbarrier",
+    "sent_to_an_ended_block": "has ended",
 }
 
 
@@ -43,7 +48,9 @@ def test_as_on_the_chip(variant, case):
         assert said(variant, case, seed) == "ok"
 
 
-@pytest.mark.parametrize("case", ["removed_barrier", "removed_named_barrier", "removed_wait", "wgmma_read_early"])
+@pytest.mark.parametrize(
+    "case", ["removed_barrier", "removed_named_barrier", "removed_wait", "wgmma_read_early", "cluster_read_early"]
+)
 def test_a_missing_barrier_or_wait_is_caught(case):
     """Every order of threads shows it: one that hid it would be a draw of 1 in 2**64."""
     for seed in range(5):
@@ -55,7 +62,7 @@ def test_a_missing_barrier_or_wait_is_caught(case):
 def test_faults_are_reported_with_kernel_and_thread(variant, case):
     text = said(variant, case, 1)
     assert REPORTED[case] in text
-    assert case in text or "nothing" in text or "warpgroup_product" in text
+    assert case in text or "nothing" in text or "warpgroup_product" in text or "sent_around" in text
 
 
 def test_rows_under_the_sanitizers():

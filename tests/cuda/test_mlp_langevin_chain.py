@@ -50,7 +50,7 @@ def check(host, mlp, z, update, n_steps, precision, record=Record(True, True), *
 
 
 # widths, activations, chains, precision,
-# (regime, chain tiles, warps, groups, z in shared memory, layers with resident weights)
+# (regime, chain tiles, warps, groups, z in shared memory, layers with resident weights, blocks of a cluster)
 SHAPES = [
     ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "fp32", ("resident", 1, 4, 1, 1)),
     ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "bf16", ("resident", 4, 1, 4, 1)),
@@ -68,6 +68,12 @@ SHAPES = [
     ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "tf32", ("lean", 1, 4)),
     ([100, 200, 200, 1], "gelu", 9, "fp32", ("lean", 1, 8)),
     ([99, 17, 130, 64, 5], ["silu", "gelu", "elu"], 17, "bf16", ("lean", 1, 8)),
+    ([100, 200, 200, 1], "gelu", 9, "fp32", ("cluster", 1, 4, 1, 1, 3, 4)),
+    ([100, 200, 200, 1], "gelu", 7, "bf16", ("cluster", 1, 2, 1, 0, 1, 8)),
+    ([50, 100, 100, 1], "leaky_relu", 100, "tf32", ("cluster", 4, 2, 1, 1, 0, 2)),
+    ([99, 17, 130, 64, 5], ["silu", "gelu", "elu"], 17, "bf16", ("cluster", 2, 1, 1, 1, 4, 4)),
+    ([100, 512, 1], "gelu", 8, "bf16", ("cluster", 1, 4, 1, 1, 2, 8)),
+    ([2, 200, 8], "gelu", 17, "fp32", ("cluster", 2, 1, 1, 0, 0, 4)),
 ]
 
 
@@ -93,8 +99,12 @@ def per_chain(chains: int, dim: int) -> Update:
 
 
 @pytest.mark.parametrize(
-    "plan", [("resident", 1, 4, 2, 1), ("resident", 4, 2, 1, 0), ("streamed", 1, 4), ("lean", 1, 4)]
-)
+    "plan",
+    [
+        ("resident", 1, 4, 2, 1), ("resident", 4, 2, 1, 0), ("streamed", 1, 4), ("lean", 1, 4),
+        ("cluster", 1, 1, 1, 1, 3, 2), ("cluster", 4, 1, 1, 0, 1, 2),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("dim", [14, 16])
 def test_everything_per_chain(host, dim, plan):
     mlp = make_mlp([dim, 40, 30, 1], "gelu", chains=21, context=True, seed=13)
@@ -152,6 +162,7 @@ def test_noise_is_that_of_the_contract_in_every_bit(host, dim):
         ("fp32", ("resident", 1, 2, 1)),
         ("bf16", ("resident", 4, 1, 1)),
         ("tf32", ("streamed", 2)),
+        *([("fp32", ("cluster", 1))] if dim > 16 else []),  # a block has one row tile of 16 at least
     ):
         got = host.run_chain(z, mlp, update, 3, precision, record, plan=plan)
         assert torch.equal(got.trajectory, expected)
@@ -180,6 +191,10 @@ def test_bits_do_not_depend_on_geometry_order_or_record(host, precision):
         ("streamed", 4, 8, 1, 1, 3),
         ("lean", 1, 8),
         ("lean", 1, 4),
+        ("cluster", 1, 1, 1, 1, 4, 2),
+        ("cluster", 2, 1, 1, 0, 2, 4),
+        ("cluster", 4, 2, 1, 1, 0, 2),
+        ("cluster", 4, 1, 1, 1, 4, 4),
     ]
     for seed, plan in enumerate(plans):
         other = host.run_chain(z, mlp, update, 4, precision, full, plan=plan, seed=seed)
@@ -228,7 +243,14 @@ def test_bits_do_not_depend_on_a_split(host):
 
 
 @pytest.mark.parametrize(
-    "plan", [("resident", 1, 4, 1, 1), ("resident", 4, 2, 1, 0), ("streamed", 2, 4), ("lean", 1, 4)]
+    "plan",
+    [
+        ("resident", 1, 4, 1, 1),
+        ("resident", 4, 2, 1, 0),
+        ("streamed", 2, 4),
+        ("lean", 1, 4),
+        ("cluster", 1, 1, 1, 0, 3, 4),
+    ],
 )
 def test_nan_stays_in_its_chain_and_is_dated(host, plan):
     mlp = make_mlp([18, 40, 70, 1], "gelu", seed=21)
@@ -259,35 +281,48 @@ BARRIERS = {
     "grad": (6, "identity"),
     "update": (7, "identity"),
     "diagnostics": (8, "identity"),
+    "moved": (9, "identity"),  # of a cluster: before a block sends its z to the others
 }
 
 
 @pytest.mark.parametrize(
     ("precision", "regime", "after"),
-    [("fp32", "resident", after) for after in BARRIERS]
-    + [("bf16", "resident", after) for after in BARRIERS]
+    [("fp32", "resident", after) for after in BARRIERS if after != "moved"]
+    + [("bf16", "resident", after) for after in BARRIERS if after != "moved"]
     # nothing lies over the sums of the diagnostics there, and no barrier comes after them
-    + [("fp32", "lean", after) for after in BARRIERS if after != "diagnostics"],
+    + [("fp32", "lean", after) for after in BARRIERS if after not in ("diagnostics", "moved")]
+    + [(precision, "cluster", after) for precision in ("fp32", "bf16") for after in BARRIERS],
 )
 def test_a_missing_barrier_is_caught(host, precision, regime, after):
     barrier, head = BARRIERS[after]
     mlp = make_mlp([18, 70, 70, 70, 4 if head == "logsumexp" else 1], "tanh", head=head, seed=22)
     z, update, record = start(8, 18), normal_update(18, 4), Record(diagnostics=True)
 
+    plan = (regime, 1, 2 if regime == "cluster" else 4, 1)
+
     def run(seed):
-        return host.run_chain(z, mlp, update, 4, precision, record, plan=(regime, 1, 4, 1), seed=seed)
+        return host.run_chain(z, mlp, update, 4, precision, record, plan=plan, seed=seed)
+
+    def ran(seed):
+        """The result, or None where the faults of the host build end it: a block then counts what is not for it yet."""
+        try:
+            return run(seed)
+        except RuntimeError:
+            if regime != "cluster":
+                raise
+            return None
 
     right = run(0)
     host.module.leave_out_barrier(barrier)
     try:
-        results = [run(seed) for seed in range(1, 9)]
+        results = [ran(seed) for seed in range(1, 9)]
     finally:
         host.module.leave_out_barrier(0)
 
     def differs(a, b):
         return any(not torch.equal(x, y) for x, y in zip(a, b) if x is not None)
 
-    assert any(differs(result, right) for result in results)
+    assert any(result is None or differs(result, right) for result in results)
     assert not differs(run(9), right)
 
 
@@ -382,13 +417,15 @@ for widths, head, plan in (
     ([7, 33, 1], "identity", ("streamed", 2, 2)),
     ([18, 40, 21, 5], "logsumexp", ("streamed", 1, 2, 1, 0, 1)),
     ([18, 40, 21, 1], "identity", ("lean", 1, 2)),
+    ([18, 40, 21, 5], "logsumexp", ("cluster", 2, 1, 1, 0, 1, 2)),
 ):
     for precision in mlp_host.PRECISIONS:
         mlp = make_mlp(widths, "gelu", head=head, chains=9, context=True)
         z = torch.randn(9, widths[0])
         update = Update(coefficients(2), prior_precision=torch.ones(widths[0]), noise_key=7)
         assert host.run_chain(z, mlp, update, 2, precision, Record(True, True), plan=plan).z.isfinite().all()
-        assert host.run_energy_grad(z, mlp, precision, plan=plan)[1].isfinite().all()
+        if plan[0] != "cluster":
+            assert host.run_energy_grad(z, mlp, precision, plan=plan)[1].isfinite().all()
 mlp = make_mlp([17, 40, 21, 1], "gelu", chains=67, context=True)
 update = Update(coefficients(2), prior_precision=torch.ones(17), noise_key=7)
 z = torch.randn(67, 17)

@@ -36,6 +36,7 @@ MLP_THREADS = 256  # kMlpThreads of csrc/cuda/mlp_plan.h
 ROW_THREADS = 256  # kRowThreads of csrc/cuda/rows.h
 NORM_THREADS = 512  # kNormThreads of csrc/cuda/spectral_norm.cu
 
+CLUSTER = ROOT / "csrc/cuda/mlp_kernel_cluster.cu"
 nvcc = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH: install the CUDA toolkit to run it")
 
@@ -62,6 +63,7 @@ def side_by_side(commands: list[list[str]]) -> list[str]:
 def intermediate(folder: Path) -> list[Path]:
     """PTX of all kernel files, made by the first process that needs it."""
     sources = sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if "JLEBM_KERNEL" in whole_text(p))
+    sources.remove(CLUSTER)  # not for compute_80
     targets = [folder / f"{source.stem}.ptx" for source in sources]
     if not all(target.exists() for target in targets):
         common = [nvcc, "-std=c++17", "-O3", "-arch=compute_80", "-ptx", "-I", str(ROOT / "csrc")]
@@ -128,6 +130,25 @@ def test_warpgroup_kernels_compile_for_hopper():
         assert (dim, width, groups) in {(32, 64, 3), (64, 112, 2), (112, 208, 2)}
     # C7510 and its neighbours: the compiler waits after each product
     assert "wgmma" not in text, text
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["90a", "100"])
+def test_cluster_kernels_compile(arch):
+    """For the chips that have clusters; no spills where the chains are few."""
+    with locked_folder(f"cluster-{digest(arch)}") as folder:
+        report = folder / "report.txt"
+        if not report.exists():
+            common = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-I", str(ROOT / "csrc")]
+            report.write_text(
+                "".join(side_by_side([[nvcc, *common, str(CLUSTER), "-o", str(folder / "kernel.cubin")]]))
+            )
+        found = used_by_kernel(report.read_text())
+    assert len(found) == 9, sorted(found)  # three precisions, 1, 2 or 4 tiles of chains
+    for kernel, used in found.items():
+        assert used.registers * MLP_THREADS <= REGISTERS_OF_A_MULTIPROCESSOR, kernel
+        assert used.static_shared == 0, kernel
+        assert used.spilled <= (16 if re.search(r"kernelILi2ELi4E", kernel) else 0), (kernel, used)  # bf16, 32 chains
 
 
 @needs_nvcc

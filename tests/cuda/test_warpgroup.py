@@ -4,7 +4,6 @@ regime, whose products add up in the same order. Whether a chip's two matrix ins
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import mlp_host
 import pytest
@@ -14,7 +13,7 @@ from mlp_host import H100_SHARED, assert_as_good_as_torch, cast, make_mlp, plain
 from test_mlp_langevin_chain import KEY, normal_update, per_chain, start
 
 from jlebm_fast import precision
-from jlebm_fast.backends import cuda, eager
+from jlebm_fast.backends import eager
 from jlebm_fast.problem import MLPSpec, Record, Update
 
 WARPGROUP, RESIDENT = ("warpgroup",), ("resident", 1)
@@ -189,41 +188,3 @@ def test_only_chains(host):
         energy = kernels.plan("mlp_energy_grad", spec, 1_000_000, True, torch.device("cpu"))[1]
     assert chain.startswith("warpgroup, bf16, 128 chains a block in 2 groups of 4 warps")
     assert energy.startswith("resident")
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """Sets the environment's word, and what the driver says of the device."""
-
-    def ask(value, capability=90, there=True):
-        facts = ("a chip", capability, 132, H100_SHARED, there)
-        monkeypatch.setattr(cuda, "_device_facts", lambda index: facts)
-        monkeypatch.delenv(cuda.WARPGROUPS, raising=False)
-        if value is not None:
-            monkeypatch.setenv(cuda.WARPGROUPS, value)
-        cuda._environment_wants_warpgroups.cache_clear()
-
-    yield ask
-    cuda._environment_wants_warpgroups.cache_clear()
-
-
-def test_nobody_gets_them_who_has_not_asked(asked):
-    asked(None)
-    assert cuda._warpgroups(0) is False
-    with cuda.using_warpgroups(True):
-        assert cuda._warpgroups(0) is True
-    assert cuda._warpgroups(0) is False
-    asked("on")
-    assert cuda._warpgroups(0) is True
-    with cuda.using_warpgroups(False):
-        assert cuda._warpgroups(0) is False
-
-
-def test_who_asks_in_vain_is_told(asked, monkeypatch):
-    monkeypatch.setattr(cuda._native, "load", lambda: SimpleNamespace(cuda_archs="80-real"))
-    asked("on", 80, False)
-    with pytest.raises(ValueError, match=r"capability 9\.0 .* got a chip of 8\.0 and a build for 80-real"):
-        cuda._warpgroups(0)
-    asked("yes")
-    with pytest.raises(ValueError, match=r"JLEBM_CUDA_WARPGROUPS must be 'on' or 'off', got 'yes'"):
-        cuda._warpgroups(0)

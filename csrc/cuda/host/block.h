@@ -1,5 +1,5 @@
 // One block of a kernel on the host: its threads as fibres, its barriers, its warps' exchanges, its copies.
-// Blocks run one after the other, in an order that the seed permutes too.
+// Blocks run one after the other, in an order that the seed permutes too; those of a cluster take turns.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +36,17 @@ const Exchange& exchange(Op op, const void* operands, int bytes, void (*finish)(
 
 // id 0 is sync_block. Waits until n_threads have come to barrier `id`; with wait = false it only counts.
 void barrier(int id, int n_threads, bool wait);
+
+// Of the running thread's cluster: this block's place in it, a barrier of all its blocks, and stores into another
+// block's shared memory, which may be sent from the first of these barriers on until that block's threads have
+// returned. A store is on its way for a while, overtaken by others; until its bytes are counted NaN stands there.
+int cluster_rank();
+void sync_cluster();
+void mbarrier_init(void* m, int arrivals);
+void fence_mbarrier_init();
+void mbarrier_arrive(void* m, int bytes);
+void mbarrier_wait(void* m, int parity);
+void store_async(void* own, const void* value, int bytes, void* own_mbarrier, int rank);
 
 unsigned char* shared_base();
 // throws unless [p, p + bytes) is shared memory of this block, aligned to `alignment`

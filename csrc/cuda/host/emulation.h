@@ -51,6 +51,17 @@ T* shared_memory(int64_t byte_offset = 0) {
 inline void sync_block() { host::barrier(0, int(blockDim.x), true); }
 inline void sync_group(int id, int n_threads) { host::barrier(id, n_threads, true); }
 inline void arrive_group(int id, int n_threads) { host::barrier(id, n_threads, false); }
+inline int cluster_rank() { return host::cluster_rank(); }
+inline void sync_cluster() { host::sync_cluster(); }
+inline void mbarrier_init(uint64_t* m, int arrivals) { host::mbarrier_init(m, arrivals); }
+inline void fence_mbarrier_init() { host::fence_mbarrier_init(); }
+inline void mbarrier_arrive(uint64_t* m, int bytes = 0) { host::mbarrier_arrive(m, bytes); }
+inline void mbarrier_wait(uint64_t* m, int parity) { host::mbarrier_wait(m, parity); }
+template <class T>
+void store_async(T* own, const T& v, uint64_t* own_mbarrier, int rank) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "what one instruction stores");
+    host::store_async(own, &v, int(sizeof(T)), own_mbarrier, rank);
+}
 inline void sync_warp() { host::exchange(host::Op::kSyncWarp, nullptr, 0, nullptr, 0); }
 
 template <class T>
