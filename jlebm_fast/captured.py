@@ -59,8 +59,6 @@ class CudaCapture:
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         graph, ended = torch.cuda.CUDAGraph(), False
-        generator = torch.cuda.default_generators[self._device.index]
-        before = generator.clone_state()
         try:
             with torch.cuda.stream(self._stream), _no_garbage_collection():
                 # other threads may go on calling CUDA meanwhile: one that loads data, one that watches NCCL
@@ -72,7 +70,7 @@ class CudaCapture:
                     ended = True
         except BaseException as error:
             if not ended:
-                self._forget_broken_capture(generator, before)
+                self._forget_broken_capture(graph)
             # the pool's memory goes with its last graph, and its name cannot be used again then
             self._graph, self._pool = None, torch.cuda.graph_pool_handle()
             if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
@@ -84,13 +82,25 @@ class CudaCapture:
         self._graph = graph
         return graph.replay
 
-    def _forget_broken_capture(self, generator: torch.Generator, before: torch.Generator) -> None:
-        """After a capture that CUDA broke off: torch's generator and allocator would go on believing in it."""
-        generator.graphsafe_set_state(before)
+    def _forget_broken_capture(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a capture that CUDA broke off: torch's generator and allocators would go on believing in it."""
+        _BROKEN.append(graph)
         with contextlib.suppress(RuntimeError):  # nothing to end where it never began
             end = getattr(torch._C, "_cuda_endAllocateToPool", None)
             end = end or torch._C._cuda_endAllocateCurrentStreamToPool  # the same, as torch 2.6 names it
             end(self._device.index, self._pool)
+        # The end of a capture that succeeds tells the generator that none is under way. Its offset was never touched;
+        # graphs of the user's that draw from it go on as before, to which a copy of its state would be another one.
+        written = torch.empty(1, device=self._device)
+        sound = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream), contextlib.suppress(RuntimeError):
+            sound.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+            written.zero_()
+            sound.capture_end()
+
+
+# torch's allocator of pinned memory keeps the address of a graph whose capture was broken off, and cannot be told
+_BROKEN: list[torch.cuda.CUDAGraph] = []
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def test_wide_net(chip, units):
     """WIDE's weights do not fit a multiprocessor; at 2400 units, in chips of 227 KB, their slopes neither."""
     units = 3 * units // 10 if chip.rehearsal else units
     mlp = make_mlp([20 if chip.rehearsal else 100, units, units, 1], "gelu", seed=6)
-    z = normal(chip.scaled(400), mlp.spec.dim, seed=7)
+    z = normal(chip.scaled(1200), mlp.spec.dim, seed=7)  # more batches of 8 than multiprocessors
     got = chip.kernels.mlp_energy_grad(z.to(chip.device), to(mlp, chip.device))
     plain, exact = eager.mlp_energy_grad(z, mlp), eager.mlp_energy_grad(z.double(), cast(mlp, torch.float64))
     for ours, theirs, oracle in zip(got, plain, exact, strict=True):
@@ -240,6 +240,7 @@ def test_replays_of_a_graph_draw_fresh_noise(chip, device_only, kind):
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         sampler.sample(z, noise_key=key)
+        chip.kernels.advance_noise_key(key.clone())  # a kernel's first launch loads it
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -323,11 +324,21 @@ def test_a_step_that_no_graph_can_capture(chip, device_only):
     def looks(z):
         return -z.square().sum() if float(z.sum()) < 1e9 else z.sum()
 
+    drawing = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(drawing):
+        drawn = torch.randn(1000, device="cuda")
     stream = torch.cuda.current_stream()
     with pytest.raises(RuntimeError, match="pass capture=False"):
         posterior(looks)
     assert torch.cuda.current_stream() == stream
     assert torch.isfinite(torch.randn(1000, device="cuda")).all()
+    # a graph from before draws on, from the generator that the seed governs
+    torch.manual_seed(1)
+    drawing.replay()
+    first = drawn.clone()
+    torch.manual_seed(1)
+    drawing.replay()
+    assert torch.equal(drawn, first)
     torch.cuda.empty_cache()
     assert torch.isfinite(posterior(looks, capture=False)).all()
     assert torch.isfinite(posterior(lambda z: -z.square().sum())).all()
@@ -377,6 +388,7 @@ def test_constants_made_on_a_busy_stream_serve_another(device_only):
     energy, z = jf.EnergyMLP(16, 50, 2).cuda(), torch.zeros(100, 16, device="cuda")
     first, second = (jf.FastLangevin(energy, n_steps=5, prior=jf.GaussianPrior(0.5, 2.0)) for _ in range(2))
     expected = first(z, noise_key=1)
+    second._constants.clear()  # samplers of the same numbers share them
     torch.cuda.synchronize()
     busy, other = torch.cuda.Stream(), torch.cuda.Stream()
     with torch.cuda.stream(busy):
