@@ -34,11 +34,11 @@ mlp_kernel(JLEBM_PARAMETER MlpCall call) {
     load_parameters<kPrecision, kRegime>(call);
     sync_block();
     if constexpr (kRegime == Regime::kLean) {
+        constexpr int kChains = kChainTiles * kTileChains;
         // No barrier between two batches: behind the last one of a batch, a thread reads only what it alone writes at
         // the beginning of the next, or what is written some barriers later.
 #pragma unroll 1
-        for (int64_t first = int64_t(blockIdx.x) * kTileChains; first < call.chains;
-             first += int64_t(gridDim.x) * kTileChains)
+        for (int64_t first = int64_t(blockIdx.x) * kChains; first < call.chains; first += int64_t(gridDim.x) * kChains)
             LangevinGroup<kPrecision, kChainTiles, kRegime>(call, first).run();
     } else {
         const int64_t batch = kRegime == Regime::kCluster ? int(blockIdx.x) / call.plan.cluster : int(blockIdx.x);
@@ -90,7 +90,7 @@ void enqueue_mlp_kernel(const MlpCall& call, const CudaLaunch& launch) {
 #if defined(JLEBM_CUDA_CLUSTERS) || defined(JLEBM_CUDA_ON_HOST)
     if (call.plan.regime == Regime::kCluster) return enqueue_mlp_cluster<kPrecision>(call, launch);
 #endif
-    if (call.plan.regime == Regime::kLean) return enqueue_chains<kPrecision, 1, Regime::kLean>(call, launch);
+    if (call.plan.regime == Regime::kLean) return enqueue_tiles<kPrecision, Regime::kLean>(call, launch);
     enqueue_tiles<kPrecision, Regime::kStreamed>(call, launch);
 }
 

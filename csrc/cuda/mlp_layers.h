@@ -47,8 +47,9 @@ public:
           group_(warp_index() / call.plan.warps), thread_(warp_ * kWarp + lane_index()),
           threads_(call.plan.warps * kWarp), first_(first_of_block + group_ * kChains),
           memory_(shared_memory<unsigned char>(call.plan.group_at + int64_t(group_) * call.plan.group_bytes)),
-          stream_(call.stream, fragments_at(call, false, 0), fragments_at(call, false, 1),
-                  shared_memory<unsigned char>(call.plan.ring_at + warp_ * ring_slots(kRegime) * kWarp * 16)),
+          stream_(
+              call.stream, fragments_at(call, false, 0), fragments_at(call, false, 1),
+              shared_memory<unsigned char>(call.plan.ring_at + warp_ * ring_slots(kRegime, kChainTiles) * kWarp * 16)),
           kept_(shared_memory<unsigned char>(kept_at(call))),
           exchange_(shared_memory<unsigned char>(call.plan.exchange_at), call.plan.cluster, call.plan.warps) {
         if constexpr (kInCluster)
@@ -164,7 +165,7 @@ protected:
     const int warp_, group_, thread_, threads_; // of this block
     const int64_t first_;                       // chain
     unsigned char* const memory_;
-    std::conditional_t<kRegime == Regime::kResident, NoStream, WeightStream<ring_slots(kRegime)>> stream_;
+    std::conditional_t<kRegime == Regime::kResident, NoStream, WeightStream<ring_slots(kRegime, kChainTiles)>> stream_;
     std::conditional_t<kInCluster, KeptWeights, NoKept> kept_;
     std::conditional_t<kInCluster, ClusterExchange, NoExchange> exchange_;
 

@@ -125,7 +125,7 @@ int64_t lay_out(const MlpNeeds& needs, MlpPlan* plan) {
                                               : fragments_before(mlp, *plan, needs.slope_of_logits_general(), false,
                                                                  plan->warps_per_group());
     if (plan->stream_fragments)
-        plan->ring_at = block.take(int64_t(plan->warps) * ring_slots(plan->regime) * kWarp * 16);
+        plan->ring_at = block.take(int64_t(plan->warps) * ring_slots(plan->regime, plan->chain_tiles) * kWarp * 16);
     plan->group_at = block.take(0);
 
     Layout group;
@@ -191,6 +191,8 @@ double estimate(const MlpNeeds& needs, const MlpPlan& plan, int multiprocessors)
     const int quads =
         std::min((mlp.dim() + 3) / 4, most_tiles_of_block(plan, tiles(mlp.dim())) * kTileRows / 4) * n * kTileChains;
     const int turns = (quads + plan.warps * kWarp - 1) / (plan.warps * kWarp);
+    if (plan.regime == Regime::kLean) // written and read once; more than that costs no other regime
+        work += 2 * kStreamCyclesPer128Bytes * double(plan.slopes_bytes) / 128;
     work += quads * kQuadCycles;
     wait += latency + turns * kQuadLatency;
     const int64_t batches = (needs.chains + plan.chains_per_block() - 1) / plan.chains_per_block();
@@ -236,7 +238,6 @@ public:
                         p.regime = regime, p.chain_tiles = chain_tiles, p.warps = warps, p.groups = groups;
                         p.z_in_shared = z_in_shared;
                         if (z_in_shared && !needs_.update) continue; // nothing to keep
-                        if (regime == Regime::kLean && chain_tiles > 1) continue;
                         // more warps than tiles only wait; every group of a streamed block would stream for itself
                         if (warps > 1 && warps / 2 >= most_tiles_) continue;
                         if (!p.resident() && (groups > 1 || (warps < kMaxWarps && 2 * warps <= most_tiles_))) continue;
@@ -311,8 +312,7 @@ bool plan_mlp(const MlpNeeds& needs, const CudaLaunch& launch, MlpPlan* plan, in
     Search search(needs, launch);
     search.blocks(Regime::kResident);
     search.blocks(Regime::kStreamed);
-    // lean costs more than any other regime: for what fits none, and then at its least memory
-    if (!search.found) search.blocks(Regime::kLean);
+    search.blocks(Regime::kLean);
     if (least_bytes) *least_bytes = search.least_bytes;
     search.clusters();
     search.warpgroups();

@@ -40,9 +40,10 @@ constexpr int kExchangeBytes = 48;   // of shared memory: cluster_exchange.h
 enum class Regime : int32_t {
     kResident, // both in shared memory
     kStreamed, // weights from L2 in every step, but for as many layers as fit beside the rest
-    // As streamed with a shorter ring, and the slopes in device memory. A block for each multiprocessor at most, which
-    // takes one batch of chains after the other, so that the slopes' memory does not grow with the chains. For wide
-    // nets on chips of little shared memory: 1000 units in float32 on 99 KB.
+    // As streamed, and the slopes in device memory, where they are few bytes beside the weights: so a block has room
+    // for twice as many chains of a wide net, which share each fragment that comes from L2, or any room at all on chips
+    // of little shared memory (1000 units in float32 on 99 KB). A block for each multiprocessor at most, which takes
+    // one batch of chains after the other, so that the slopes' memory does not grow with the chains.
     kLean,
     // The units of each layer are shared out among the blocks of a cluster, each with its own fragments of the weights,
     // in shared memory as far as they fit, streamed from L2 otherwise. What a block computes it writes to all others:
@@ -55,8 +56,11 @@ enum class Regime : int32_t {
 };
 
 // Fragments of 512 bytes that a warp keeps in flight from L2: 8 warps x 7 x 512 bytes cover about 28 KB, the product of
-// an SM's share of L2 bandwidth (64 bytes a cycle) and its latency (300 to 400 cycles)
-constexpr JLEBM_HD int ring_slots(Regime regime) { return regime == Regime::kLean ? 4 : 8; }
+// an SM's share of L2 bandwidth (64 bytes a cycle) and its latency (300 to 400 cycles). Half as many where lean is for
+// want of shared memory.
+constexpr JLEBM_HD int ring_slots(Regime regime, int chain_tiles) {
+    return regime == Regime::kLean && chain_tiles == 1 ? 4 : 8;
+}
 
 constexpr JLEBM_HD int round_up(int n, int to) { return (n + to - 1) / to * to; }
 constexpr JLEBM_HD int tiles(int features) { return (features + kTileRows - 1) / kTileRows; }

@@ -2,7 +2,8 @@
 
     resident   the weights stay in a multiprocessor's shared memory for the whole chain
     streamed   of larger ones the layers that fit stay there too, the others are streamed from L2 in every step
-    lean       the same for wide nets on chips of little shared memory: phi' of the layers waits in device memory
+    lean       the same for many chains of wide nets, and on chips of little shared memory: phi' of the layers waits in
+               device memory, so that more chains have room in a block
 
 Two more are used only by who asks for them, in the environment (JLEBM_CUDA_TRY=cluster,warpgroup) or by
 `cuda_tried.trying`, since they have not yet been run on a GPU. They are then choices among the others, by estimated

@@ -68,6 +68,8 @@ SHAPES = [
     ([16, 50, 50, 50, 50, 1], "leaky_relu", 100, "tf32", ("lean", 1, 4)),
     ([100, 200, 200, 1], "gelu", 9, "fp32", ("lean", 1, 8)),
     ([99, 17, 130, 64, 5], ["silu", "gelu", "elu"], 17, "bf16", ("lean", 1, 8)),
+    ([50, 100, 100, 1], "leaky_relu", 100, "fp32", ("lean", 2, 8)),
+    ([100, 200, 200, 1], "gelu", 65, "bf16", ("lean", 4, 8)),
     ([100, 200, 200, 1], "gelu", 9, "fp32", ("cluster", 1, 4, 1, 1, 3, 4)),
     ([100, 200, 200, 1], "gelu", 7, "bf16", ("cluster", 1, 2, 1, 0, 1, 8)),
     ([50, 100, 100, 1], "leaky_relu", 100, "tf32", ("cluster", 4, 2, 1, 1, 0, 2)),
@@ -191,6 +193,8 @@ def test_bits_do_not_depend_on_geometry_order_or_record(host, precision):
         ("streamed", 4, 8, 1, 1, 3),
         ("lean", 1, 8),
         ("lean", 1, 4),
+        ("lean", 2, 8),
+        ("lean", 4, 4),
         ("cluster", 1, 1, 1, 1, 4, 2),
         ("cluster", 2, 1, 1, 0, 2, 4),
         ("cluster", 4, 2, 1, 1, 0, 2),
@@ -206,21 +210,24 @@ def test_bits_do_not_depend_on_geometry_order_or_record(host, precision):
 @pytest.mark.parametrize("precision", mlp_host.PRECISIONS)
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5])
 @pytest.mark.parametrize("z_in_shared", [0, 1])
-def test_lean_blocks_take_one_batch_after_the_other(host, precision, multiprocessors, z_in_shared):
-    """41 chains are six batches of 8: in one, two or five blocks, whose slopes are all the memory they have."""
+@pytest.mark.parametrize("chain_tiles", [1, 2])
+def test_lean_blocks_take_one_batch_after_the_other(host, precision, multiprocessors, z_in_shared, chain_tiles):
+    """41 chains are six batches of 8 or three of 16: in one, two or five blocks, whose slopes are all the memory they
+    have.
+    """
     mlp = make_mlp([18, 40, 70, 33, 1], ["gelu", "tanh", "leaky_relu"], chains=41, context=True, seed=23)
     z, update, full = start(41, 18), normal_update(18, 4), Record(True, True)
     expected = host.run_chain(z, mlp, update, 4, precision, full, plan=("streamed", 1))
     for seed in range(4):
         got = host.run_chain(
-            z, mlp, update, 4, precision, full, plan=("lean", 1, 4, 1, z_in_shared),
+            z, mlp, update, 4, precision, full, plan=("lean", chain_tiles, 4, 1, z_in_shared),
             limits=(multiprocessors, mlp_host.CONSUMER_SHARED), seed=seed,
         )  # fmt: skip
         for name, a, b in zip(expected._fields, expected, got):
             assert torch.equal(a, b), (name, seed)
     before = host.run_energy_grad(z, mlp, precision, plan=("streamed", 1))
     after = host.run_energy_grad(
-        z, mlp, precision, plan=("lean", 1), limits=(multiprocessors, mlp_host.CONSUMER_SHARED)
+        z, mlp, precision, plan=("lean", chain_tiles), limits=(multiprocessors, mlp_host.CONSUMER_SHARED)
     )
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])
@@ -370,6 +377,18 @@ def test_layers_that_fit_are_not_streamed(host):
     assert plan["cycles"] < 0.7 * whole["cycles"]
 
 
+@pytest.mark.parametrize(("precision", "chains"), [("fp32", 16), ("bf16", 32)])
+def test_many_chains_of_a_wide_net_share_what_is_streamed(host, precision, chains):
+    """Without slopes in shared memory twice as many fit in a block, and each needs half of the traffic."""
+    mlp = make_mlp([100, 1000, 1000, 1], "gelu")
+    plan, streamed = (
+        host.plan(mlp, 1_000_000, precision, shared=H100_SHARED, plan=which) for which in ((), ("streamed",))
+    )
+    assert (mlp_host.REGIMES[plan["regime"]], plan["chains"], streamed["chains"]) == ("lean", chains, chains // 2)
+    assert plan["cycles"] < 0.7 * streamed["cycles"]
+    assert mlp_host.REGIMES[host.plan(mlp, 100, precision, shared=H100_SHARED)["regime"]] == "streamed"
+
+
 def test_slopes_in_device_memory_do_not_grow_with_the_chains(host):
     mlp = make_mlp([100, 1000, 1000, 1], "gelu")
     plans = [
@@ -417,6 +436,7 @@ for widths, head, plan in (
     ([7, 33, 1], "identity", ("streamed", 2, 2)),
     ([18, 40, 21, 5], "logsumexp", ("streamed", 1, 2, 1, 0, 1)),
     ([18, 40, 21, 1], "identity", ("lean", 1, 2)),
+    ([18, 40, 21, 1], "identity", ("lean", 4, 2)),
     ([18, 40, 21, 5], "logsumexp", ("cluster", 2, 1, 1, 0, 1, 2)),
 ):
     for precision in mlp_host.PRECISIONS:
