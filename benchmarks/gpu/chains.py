@@ -75,6 +75,8 @@ def names_of(case: Case, chains: int, wave: int, dry_run: bool) -> Iterator[str]
 
 
 def tried_names(case: Case, chains: int) -> Iterator[str]:
+    if os.environ.get("JLEBM_GPU_TRIED") == "no":
+        return
     for regime, (cases, precisions, numbers) in TRIED.items():
         if case.name in cases and chains in numbers and backends.load("cuda").runs_here(regime):
             yield from (f"cuda {precision} {regime}" for precision in precisions)
