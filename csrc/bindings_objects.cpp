@@ -121,8 +121,6 @@ private:
             return same_entries(found, PyLong_AsSsize_t(thing), false);
         case 'v':
             return same_attributes(found);
-        case 'p':
-            return same_parameter(found, thing);
         case 'e':
         case 'x':
             return false;
@@ -160,16 +158,6 @@ private:
             if (!same_value(py::reinterpret_borrow<py::object>(entry).ptr())) return false;
         }
         return !all || Py_SIZE(list) == n;
-    }
-
-    bool same_parameter(PyObject* parameter, PyObject* thing) {
-        Fields expected(thing);
-        if (target_of(expected.next().ptr()).ptr() != parameter) return false;
-        const py::handle shape = expected.next();
-        if (const std::optional<bool> fits = tensor_has_shape(parameter, shape.ptr())) return *fits;
-        static PyObject* const name = PyUnicode_InternFromString("shape");
-        const py::object now = found_or_null(PyObject_GetAttr(parameter, name));
-        return now && now.equal(shape);
     }
 
     const char* kinds_;

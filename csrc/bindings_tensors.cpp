@@ -130,20 +130,6 @@ py::object NewTensor::made() {
 
 bool is_tensor_class(py::handle cls) { return cls.ptr() == reinterpret_cast<PyObject*>(tensor_class); }
 
-std::optional<bool> tensor_has_shape(PyObject* tensor, PyObject* shape) {
-    if (exchange == nullptr) return std::nullopt;
-    DlTensor t;
-    if (exchange->tensor_from_object(tensor, &t) != 0) { // on no device, sparse, …
-        PyErr_Clear();
-        return std::nullopt;
-    }
-    Fields sizes(shape);
-    if (size_t(t.n_dims) != sizes.size()) return false;
-    for (int d = 0; d < t.n_dims; ++d)
-        if (t.shape[d] != sizes.integer()) return false;
-    return true;
-}
-
 bool tensor_of(py::handle object, DlType type, DlTensor& t) {
     if (Py_TYPE(object.ptr()) != tensor_class && Py_TYPE(object.ptr()) != parameter_class) return false;
     if (exchange->tensor_from_object(object.ptr(), &t) != 0) { // sparse, nested, …

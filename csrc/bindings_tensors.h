@@ -9,7 +9,6 @@
 #include <atomic>
 #include <initializer_list>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "bindings_records.h"
@@ -76,9 +75,6 @@ private:
 
 // whether this is torch's class of tensors
 bool is_tensor_class(py::handle cls);
-
-// whether a torch.Tensor has a shape, a tuple; nothing where that cannot be told without asking Python
-std::optional<bool> tensor_has_shape(PyObject* tensor, PyObject* shape);
 
 // --- one argument at a time
 

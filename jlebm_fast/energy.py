@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import fused_energy, published_checkpoints
 from .checks import SUPPORTED_DTYPES, describe, dtype_name, has_memory, is_dense, whole
 from .latents import LatentLayout, flatten_latents
-from .modes import capturing, unwatched
+from .modes import capturing, jit_tracing, quiet_trace, trace_paused, unwatched
 from .ops import check_spec
 from .problem import ACTIVATIONS, HEADS, MLP, MLPSpec
 from .spectral import iterated_vectors, normalised_weights, top_singulars
@@ -96,6 +96,8 @@ def effective_weights(layers: Sequence[EnergyLinear], *, keep_vectors: bool = Fa
             u, v = iterated_vectors(weight, u)
             weights[place] = weight / torch.dot(u, torch.mv(weight, v))
         return weights
+    if jit_tracing() and not keep_vectors:
+        return _weights_in_trace(weights, normed, pairs)
     if not unwatched():  # a mode sees operators, and may make tensors without memory
         return _weights_in_graph(weights, normed, keep_vectors)
     if not keep_vectors and not torch.is_grad_enabled():
@@ -126,7 +128,23 @@ def _weights_in_graph(
             with torch.no_grad():
                 layer.weight_u.copy_(torch.where(finite, u, layer.weight_u))
                 layer.weight_v.copy_(torch.where(finite, v, layer.weight_v))
-        weights[place] = weight / (torch.dot(u, torch.mv(weight, v)) if torch.is_grad_enabled() else sigma)
+        # a trace may be made without gradients, and run with them
+        followed = torch.is_grad_enabled() or torch.jit.is_tracing()
+        weights[place] = weight / (torch.dot(u, torch.mv(weight, v)) if followed else sigma)
+    return weights
+
+
+def _weights_in_trace(
+    weights: list[Tensor], normed: list[tuple[int, EnergyLinear]], pairs: list[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """`effective_weights` in a trace of torch.jit: operations of torch alone, which also run where this package is not.
+
+    The vectors of this moment are constants of the trace: by iterations it would need some eighty operations per layer.
+    """
+    with trace_paused(), torch.no_grad():
+        tops = top_singulars(pairs)
+    for (place, _), top in zip(normed, tops, strict=True):
+        weights[place] = weights[place] / torch.dot(top.u, torch.mv(weights[place], top.v))
     return weights
 
 
@@ -148,9 +166,9 @@ def _check_dims(latent_dims: object) -> tuple[int, ...]:
 
 
 def _name_logits(y: Tensor, n_logits: int) -> bool:
-    """Whether every entry is a logit's number; believed while a graph is compiled or captured, which no value can
-    leave: a chain whose number is none is NaN then."""
-    if y.numel() == 0 or torch.compiler.is_compiling() or capturing(y.device):
+    """Whether every entry is a logit's number; believed while a graph is compiled, traced or captured, which no value
+    can leave: a chain whose number is none is NaN then."""
+    if torch.compiler.is_compiling() or jit_tracing() or y.numel() == 0 or capturing(y.device):
         return True
     return int(y.min()) >= 0 and int(y.max()) < n_logits
 
@@ -291,6 +309,10 @@ class EnergyMLP(nn.Module):
         self, z: Tensor | Sequence[Tensor], context: Tensor | None = None, y: Tensor | int | None = None
     ) -> Tensor:
         """f(z), or f(z, c), [chains]."""
+        if torch.jit.is_tracing():
+            with quiet_trace():  # the checks look at shapes to refuse what does not fit, and for nothing else
+                flat = self._flatten(z)
+                return fused_energy.energy(flat, self.mlp(flat, context, y, keep_vectors=self.training))
         flat = self._flatten(z)
         return fused_energy.energy(flat, self.mlp(flat, context, y, keep_vectors=self.training))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import types
@@ -16,10 +17,13 @@ from .latents import LatentLayout
 from .modes import capturing, chain_mode, copies_of_buffers, is_compiled, run_on_buffers
 from .problem import MLP
 from .quadratic import Quadratic
-from .recognition.examining import FORWARD_ERRORS, Unrecognised, copy_of, examined, give_up_on, recognised
-from .recognition.probing import NO_CONDITIONS, Conditions, Forward, OtherPath, Probed, agrees
-from .recognition.recognised import Recognised
+from .recognition.agreeing import agrees
+from .recognition.examining import Unrecognised, examined, give_up_on, recognised
+from .recognition.probing import NO_CONDITIONS, Conditions, Forward, OtherPath, Probed
+from .recognition.recognised import Layer, Recognised, converged_buffers
+from .recognition.twins import FORWARD_ERRORS, copy_of
 from .recognition.watching import HOOKS_OF_ALL
+from .settings import settings_of
 
 _CPU = torch.device("cpu")
 _MOST_COUNTS = 256  # numbers of chains that are remembered
@@ -38,17 +42,22 @@ class EnergySource:
         return EnergySource, (self.energy,)
 
     def known(self, layout: LatentLayout, training: bool) -> tuple | None:
-        """(spec, columns, sites) of a module that an earlier call recognised, for `in_graph.py`; None if none did."""
-        for dims, listed, mode, structure in self._known:
+        """Its `settings_of` when an earlier call recognised a module, and the (spec, terms) of it, for `in_graph.py`;
+        None if none did."""
+        for dims, listed, mode, settings, structure in self._known:
             if dims == layout.dims and listed == (layout.container is not Tensor) and mode == training:
-                return structure
+                return settings, structure
         return None
 
     def _remember(self, found: Recognised | Probed, layout: LatentLayout, training: bool) -> None:
-        if found.plain is None or self.method != "forward" or (self._known and self._known[-1][-1] is found.plain):
+        if found.plain is None or self.method != "forward":
             return
+        for entry in self._known:
+            if entry[-1] is found.plain:
+                return
         key = (layout.dims, layout.container is not Tensor, training)
-        self._known = [entry for entry in self._known if entry[:3] != key] + [(*key, found.plain)]
+        known = (*key, settings_of(self.net), found.plain)
+        self._known = [entry for entry in self._known if entry[:3] != key] + [known]
 
     @property
     def net(self) -> nn.Module | Callable[..., Tensor]:
@@ -77,8 +86,17 @@ class EnergySource:
         where it is known to be an MLP, whose few evaluations were not worth reading it."""
         if is_plain_energy_mlp(self.net):
             return self.callable()
-        found = self.found(layout, conditions(flat, context, y))
-        return self.callable(None if isinstance(found, Unrecognised) else found.converged_buffers())
+        return self.callable(converged_buffers(self.norms(layout, conditions(flat, context, y))))
+
+    def norms(self, layout: LatentLayout, given: Conditions) -> list[Layer]:
+        """The layers whose weights are divided by their spectral norm; none of what is no MLP, or an EnergyMLP."""
+        for anew in (False, True):
+            found = self.found(layout, given, anew=anew)
+            if isinstance(found, Unrecognised):
+                break
+            with contextlib.suppress(OtherPath):  # they are others than when it was examined
+                return found.norms
+        return []
 
     def callable(self, changed: dict[str, Tensor] | None = None) -> Callable[..., Tensor]:
         """The energy for autograd; a module runs on clones of its buffers, made once per chain, or on changed ones."""
@@ -93,7 +111,12 @@ class EnergySource:
         return lambda z, **options: run_on_buffers(energy, buffers, (z,), options)
 
     def found(
-        self, layout: LatentLayout, conditions: Conditions = NO_CONDITIONS, *, anew: bool = False
+        self,
+        layout: LatentLayout,
+        conditions: Conditions = NO_CONDITIONS,
+        *,
+        anew: bool = False,
+        plain: bool = False,
     ) -> Recognised | Probed | Unrecognised:
         """What is known about an energy that is no EnergyMLP, under such conditions."""
         net = self.net
@@ -104,7 +127,7 @@ class EnergySource:
         method = self.method
         if method != "forward" and getattr(type(net), method, None) is not self.energy.__func__:
             return Unrecognised(f"{method} is no method of the class {type(net).__name__}")
-        return recognised(net, layout, method, conditions, anew=anew)
+        return recognised(net, layout, method, conditions, anew=anew, plain=plain)
 
     def _check_takes(self, given: Conditions) -> None:
         """Whether the energy has arguments of those names, as far as Python can tell.
@@ -125,6 +148,29 @@ class EnergySource:
                 f"{missing[0]} is passed to the energy as {missing[0]}=, which {self.name()} does not take: its "
                 f"arguments are ({', '.join(parameters)}); give a module whose forward(z, {missing[0]}) calls it"
             )
+
+    def _check_width(self, flat: Tensor, layout: LatentLayout, given: Conditions) -> None:
+        """Whether the energy takes latents so wide, as far as its layers tell.
+
+        Raises:
+            ValueError: it does not, and would be an MLP of latents of another width.
+        """
+        net = self.net
+        entry = examined(net, layout, self.method, given) if isinstance(net, nn.Module) else None
+        raised = entry is not None and isinstance(entry.found, Unrecognised) and entry.found.raised
+        if not raised or len(layout.dims) > 1 or capturing(flat.device):
+            return
+        try:
+            with torch.no_grad():
+                self.callable()(layout.restore(flat), **given.options)
+        except FORWARD_ERRORS as error:
+            width = next((layer.in_features for layer in net.modules() if isinstance(layer, nn.Linear)), layout.dim)
+            if width == layout.dim or isinstance(self.found(layout._replace(dims=(width,)), given), Unrecognised):
+                return  # what it raises comes when it runs
+            raise ValueError(
+                f"z must be [chains, {width}] for this {type(net).__name__}, got {describe(flat)}: give latents as "
+                f"wide as its first layer takes, or a module whose first layer takes {layout.dim} ({error})"
+            ) from error
 
     def _read(
         self, flat: Tensor, layout: LatentLayout, given: Conditions, sign: float, n_steps: int
@@ -160,7 +206,9 @@ class EnergySource:
     def _versions(self) -> tuple[int, ...]:
         """How often each parameter and buffer was written into."""
         net = self.net
-        return tuple(tensor._version for tensor in itertools.chain(net.parameters(), net.buffers()))
+        tensors = itertools.chain(net.parameters(), net.buffers())
+        # what was made inside torch.inference_mode does not count, and is written into inside it alone
+        return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
     def _run_agrees(
         self,
@@ -216,7 +264,7 @@ class EnergySource:
         if isinstance(found, Probed):
             why = "" if found.why is None else f", because its code looks at {found.why}"
             said.append(f"parameters by a run of its own forward on {found.rows} rows per call{why}")
-        if found.norms:
+        if self.norms(layout, conditions(flat, context, y)):
             said.append("spectral norms as they converge, to which the module's own come by their power iterations")
         return found.n_terms, said
 
@@ -254,6 +302,7 @@ class EnergySource:
         if read is None:
             if given.options:
                 self._check_takes(given)
+            self._check_width(flat, layout, given)
             return None, None
         found, mlp, quadratic = read
         if context is None and y is None:
@@ -287,7 +336,7 @@ class EnergySource:
             if is_plain_energy_mlp(net):
                 with chain_mode(_CPU):
                     return _signed(net.mlp(None), sign)
-        found = self.found(layout)
+        found = self.found(layout, plain=True)
         if isinstance(found, Unrecognised):
             self.was_mlp = False
             return None
@@ -326,8 +375,11 @@ def is_plain_energy_mlp(net: object) -> bool:
 
 
 def runs_energy_mlp_forward(net: object) -> bool:
-    """An EnergyMLP whose forward is EnergyMLP's and carries no hook; its layers may be parametrised."""
+    """An EnergyMLP whose forward is EnergyMLP's, called as any module's is, without a hook; its layers may be
+    parametrised."""
     if not isinstance(net, EnergyMLP) or type(net).forward is not EnergyMLP.forward or "forward" in net.__dict__:
+        return False
+    if type(net).__call__ is not nn.Module.__call__:
         return False
     hooked = net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks
     return not (hooked or any(HOOKS_OF_ALL))

@@ -12,9 +12,9 @@ from .checks import check_like, describe, whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .energy_source import EnergySource, runs_energy_mlp_forward
 from .latents import Latents, flatten_latents, flatten_mask
-from .modes import chain_mode, device_of
+from .modes import chain_mode, device_of, refuse_trace
 from .problem import Update
-from .rng import check_noise_key, check_sources, noise_key_of
+from .rng import COUNTER_RANGE, check_noise_key, check_sources, noise_key_of
 from .stepwise import AnyEnergy
 
 
@@ -57,6 +57,10 @@ def langevin_noise(
 
     Source: Salmon et al., SC 2011 (Philox); Box and Muller, 1958.
     """
+    refuse_trace("langevin_noise")
+    for name, size in (("n_steps", whole(n_steps)), ("chains", whole(chains))):
+        if type(size) is int and size > COUNTER_RANGE:
+            raise ValueError(f"{name} must be at most 2**32, as many as a noise field tells apart, got {size}")
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # what is made inside it could not be used outside
             return langevin_noise(
@@ -130,6 +134,7 @@ def langevin_step(
 
     Source: Cui, Wu, Han, ICCV 2023, eq. 8.
     """
+    refuse_trace("langevin_step")
     with chain_mode(device_of(z)):
         flat, layout = flatten_latents(z)
         flat_grad, grad_layout = flatten_latents(grad, "grad")
@@ -195,6 +200,7 @@ def energy_and_grad(
     """
     if not callable(energy):
         raise ValueError(f"energy must be a module or a callable, got {describe(energy)}")
+    refuse_trace("energy_and_grad")
     if torch.compiler.is_compiling() and not runs_energy_mlp_forward(energy):
         from . import in_graph  # imports torch's compiler, which costs seconds
 

@@ -27,6 +27,7 @@ from .modes import device_of
 from .problem import MLP, MLPSpec, Record, Update
 from .recognition.recognised import assembled
 from .rng import check_generator, check_sources, noise_key_of
+from .settings import are_still, submodule
 from .stepwise import check_likelihood
 
 if TYPE_CHECKING:
@@ -73,9 +74,13 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outside(reason: str) -> Callable[..., Any]:
-    """A call as without a compiler; reason is what fullgraph=True says, where torch can be told (2.7 and newer)."""
+    """A call as without a compiler; reason is what fullgraph=True says, where torch can be told (2.7 and newer), and a
+    RuntimeError in torch.export's own mode, which leaves no graph."""
 
     def call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():  # still: torch.export with strict=False, under which all of Python is inside
+            where = "with strict=False nothing is outside its graph"
+            raise RuntimeError(f"torch.export cannot hold this call, and {where}: {reason}")
         return function(*args, **options)
 
     if "reason" in inspect.signature(torch.compiler.disable).parameters:
@@ -87,8 +92,9 @@ with_numpy = _outside("numbers of numpy are arrays to a graph: give thin, first_
 with_likelihood = _outside("a chain with a log_likelihood takes autograd at every step: call it outside the graph")
 with_generator = _outside("no graph reads a torch.Generator: draw outside, and pass noise_key= as a tensor")
 with_other_energy = _outside(
-    "the energy is no MLP, takes a context or y of its own, or was not recognised yet in this mode and with such "
-    "layers: call the sampler once outside the graph with such latents (`explain` says what it found)"
+    "the energy is no MLP, takes a context or y of its own, or was not recognised yet by this sampler, as it is now, "
+    "in this mode and with such layers: call the sampler once outside the graph with such latents (`explain` says what "
+    "it found)"
 )
 with_unread_energy = _outside("energy_and_grad reads an energy that is no EnergyMLP anew: call it outside the graph")
 
@@ -125,7 +131,10 @@ def mlp_of(
         known = source.known(layout, net.training)
         if known is None:
             return None
-        mlp = _read(net, *known)
+        settings, structure = known
+        if not are_still(net, settings):
+            return None
+        mlp = _read(net, *structure)
     else:
         return None
     return mlp
@@ -135,7 +144,7 @@ def _read(net: nn.Module, spec: MLPSpec, terms: tuple) -> MLP:
     """A recognised module's parameters, found through its attributes."""
     weights, biases = [], []
     for path, kind, weight_name, bias_path, bias_name in [site for sites, _, _ in terms for site in sites]:
-        module = _submodule(net, path)
+        module = submodule(net, path)
         if kind == "spectral" and hasattr(module, "parametrizations"):
             chain = module.parametrizations.weight
             weight = _normalised(chain.original, chain[0]._u)
@@ -148,16 +157,10 @@ def _read(net: nn.Module, spec: MLPSpec, terms: tuple) -> MLP:
         else:
             weight = getattr(module, weight_name)
         weights.append(weight.flatten(1) if weight.dim() > 2 else weight)
-        biases.append(None if bias_name is None else getattr(_submodule(net, bias_path), bias_name))
+        biases.append(None if bias_name is None else getattr(submodule(net, bias_path), bias_name))
     device = weights[0].device
     indices = [None if columns is None else torch.tensor(columns, device=device) for _, columns, _ in terms]
     return assembled(spec, [(index, term[2]) for index, term in zip(indices, terms, strict=True)], weights, biases)
-
-
-def _submodule(net: nn.Module, path: str) -> nn.Module:
-    for name in path.split(".") if path else ():
-        net = getattr(net, name)
-    return net
 
 
 def _normalised(original: Tensor, u: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from .checks import whole
 from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .functional import energy_and_grad, langevin_noise, langevin_step
 from .latents import LatentLayout, Latents, flatten_latents
-from .modes import chain_mode, device_of
+from .modes import chain_mode, device_of, refuse_trace
 from .ops import check_count, check_counter, check_thin
 from .rng import ACCEPT_REJECT, COUNTER_RANGE, noise_key_of
 
@@ -82,6 +82,7 @@ def mala(
     Source: Roberts and Tweedie, "Exponential convergence of Langevin distributions and their discrete approximations",
     Bernoulli 2 (1996).
     """
+    refuse_trace("mala")
     n_steps, thin, first_step, first_chain = (whole(value) for value in (n_steps, thin, first_step, first_chain))
     check_count("n_steps", n_steps)
     check_thin(thin)

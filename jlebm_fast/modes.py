@@ -6,12 +6,14 @@ import contextlib
 import functools
 import sys
 import threading
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 V = TypeVar("V")
 _CPU = torch.device("cpu")  # equality with it is a third of the time of asking a device for its type
@@ -60,11 +62,12 @@ _set_grad_enabled = torch._C._set_grad_enabled  # what torch.set_grad_enabled, a
 _any_autocast = torch._C._is_any_autocast_enabled  # a tenth of the time of asking for one device
 _modes_of_dispatch = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
+jit_tracing = torch._C._is_tracing  # a third of the time of torch.jit.is_tracing, which asks for a script first
 _has_autocast = functools.cache(torch.amp.autocast_mode.is_autocast_available)
 
 
 def watched(z: Tensor | None = None) -> bool:
-    """Whether somebody looks on: a compiler, a mode, a transform, or a tensor that is no plain one.
+    """Whether somebody looks on: a compiler, a mode, a transform, a trace, or a tensor that is no plain one.
 
     Then the registered operator is called (`registration.py`); else the kernels directly, which costs less.
     """
@@ -72,6 +75,7 @@ def watched(z: Tensor | None = None) -> bool:
         torch.compiler.is_compiling()
         or _modes_of_dispatch() > 0
         or _transforms() is not None
+        or jit_tracing()
         or (z is not None and type(z) is not Tensor and type(z) is not torch.nn.Parameter)
     )
 
@@ -83,7 +87,41 @@ def under_a_mode() -> bool:
 
 def unwatched() -> bool:
     """`not watched()` of no tensor, outside a compiler."""
-    return _modes_of_dispatch() == 0 and _transforms() is None
+    return _modes_of_dispatch() == 0 and _transforms() is None and not jit_tracing()
+
+
+def refuse_trace(name: str) -> None:
+    """Refuse a call of `name` inside a trace of torch.jit, which would hold memory that no operation of it fills.
+
+    Raises:
+        RuntimeError: torch.jit records this call.
+    """
+    if torch.jit.is_tracing():  # a compiler knows that this is False; it does not know `jit_tracing`
+        raise RuntimeError(
+            f"{name} cannot be part of a trace of torch.jit (torch.jit.trace, torch.onnx.export with dynamo=False): "
+            "a trace holds operations of torch and fixed numbers, so the kernels of this package would be missing in "
+            "it, and every run would repeat the noise key of this one; call it outside of what is traced, or use "
+            "torch.compile or torch.export. The forward of an EnergyMLP can be traced"
+        )
+
+
+@contextlib.contextmanager
+def quiet_trace() -> Iterator[None]:
+    """What runs inside is traced by torch.jit without its warnings of looks at sizes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield
+
+
+@contextlib.contextmanager
+def trace_paused() -> Iterator[None]:
+    """What runs inside is no part of a trace of torch.jit; its results are constants there."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def transformed() -> bool:
@@ -117,8 +155,13 @@ def is_compiled(net: object) -> bool:
 
 
 def copies_of_buffers(net: torch.nn.Module) -> dict[str, Tensor]:
-    """A module's buffers for a run that may write into them, with the attributes that somebody gave them."""
-    found = {}
+    """A module's buffers for a run that may write into them, with the attributes that somebody gave them; and those of
+    its parameters that were made inside torch.inference_mode, which autograd refuses as they are."""
+    found = {
+        name: parameter.clone()
+        for name, parameter in net.named_parameters()
+        if not is_lazy(parameter) and parameter.is_inference()
+    }
     for name, buffer in net.named_buffers():
         found[name] = buffer.clone()
         found[name].__dict__.update(buffer.__dict__)

@@ -18,7 +18,7 @@ from .dynamics import STANDARD_NORMAL, GaussianPrior
 from .energy_source import EnergySource
 from .explanation import explain
 from .latents import LatentLayout, Latents, flatten_latents, flatten_mask
-from .modes import capturing, chain_mode, device_of, unwatched, watched
+from .modes import capturing, chain_mode, device_of, refuse_trace, unwatched, watched
 from .problem import ChainResult, MLPSpec, Record, Update
 from .rng import COUNTER_RANGE, check_sources, draw_unwatched, noise_key_of
 
@@ -222,6 +222,7 @@ class FastLangevin:
                 return answer
             if key is not None:
                 noise_key, generator = key, None
+        refuse_trace("FastLangevin.sample")  # the plain call above is none while a trace is made
         with chain_mode(device_of(z)):
             flat, layout = flatten_latents(z)
             if flat.is_inference():
@@ -407,8 +408,15 @@ class FastLangevin:
             # what a mode or transform makes is not for other calls, and what a graph records has no values yet
             if not watched(flat) and not capturing(flat.device):
                 self._constants[key] = known
-        elif self._prior_of_tensors:
-            return (known[0], *self.prior.terms(flat))
+        else:
+            if flat.is_cuda and not torch.compiler.is_compiling() and not capturing(flat.device):
+                # made on another stream perhaps, whose allocator would give the memory away while this one reads
+                stream = torch.cuda.current_stream(flat.device)
+                for term in known:
+                    if term is not None:
+                        term.record_stream(stream)
+            if self._prior_of_tensors:
+                return (known[0], *self.prior.terms(flat))
         return known
 
     def _flat_noise(self, noise: Tensor | Sequence[Tensor], flat: Tensor, layout: LatentLayout) -> Tensor:

@@ -18,9 +18,8 @@ from .functional import energy_and_grad
 from .latents import LatentLayout, flatten_latents
 from .modes import chain_mode, device_of
 from .problem import MLP, MLPSpec, Record, Update
-from .recognition.examining import Unrecognised
 from .recognition.probing import Conditions
-from .recognition.recognised import effective_weights
+from .recognition.recognised import converged_buffers, effective_weights
 from .sampler import FastLangevin, Latents
 from .stepwise import AnyEnergy
 
@@ -31,6 +30,7 @@ _NORM_TOLERANCE = 1e-3
 _LAW_LEVEL = 1e-4
 _LAW_COORDINATES = 1 << 16
 _CHAINS = 64
+_FAR = (4.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # standard deviations
 _NOISE_KEY = 0x6A6C65626D5F6A66
 
 
@@ -79,6 +79,7 @@ def verify(
     """Check an energy and every available backend: value and gradient, whole chains, noise bits and laws.
 
         gradient   value and ∇ against torch.autograd through the energy's own forward
+        far        the same of an energy that is run as an MLP, up to a thousand standard deviations from 0
         parity     a step, and a fused chain, with the same noise: error <= 2 · error of plain torch + 1e-6, both
                    against float64
         norm       each spectral norm that the chains divide by against an exact singular value decomposition
@@ -132,6 +133,7 @@ def verify(
         for name in tried:
             checks += [
                 _gradient_check(sampler, z, flat, layout, name, context, y),
+                *_far_check(sampler, flat, layout, name, context, y),
                 *_parity_checks(sampler, flat, layout, name, context, y),
                 _noise_check(flat, name),
                 *_law_checks(sampler, flat, name),
@@ -153,17 +155,58 @@ def _gradient_check(
     y: Tensor | int | None,
 ) -> Check:
     value, grad = energy_and_grad(sampler.energy, z, context=context, y=y, backend=name)
-    converged: dict[str, Tensor] = {}
-    if not is_plain_energy_mlp(sampler._source.net):
-        # a chain divides by the converged spectral norm (spectral.py), so that is what it is compared with
-        found = sampler._source.found(layout, conditions(flat, context, y))
-        converged = {} if isinstance(found, Unrecognised) else found.converged_buffers()
-    own = sampler._source.callable(converged)
-    expected_value, expected_grad = AnyEnergy(own, layout, context, y, 1.0)(flat.clone())
+    expected_value, expected_grad = _own_energy(sampler, flat, layout, context, y)(flat.clone())
     error = max(_error(value, expected_value), _error(flatten_latents(grad)[0], expected_grad))
     return Check(
         "gradient", name, error <= _GRADIENT_TOLERANCE, f"{error:.1e} from autograd (<= {_GRADIENT_TOLERANCE:.0e})"
     )
+
+
+def _own_energy(
+    sampler: FastLangevin, flat: Tensor, layout: LatentLayout, context: Tensor | None, y: Tensor | int | None
+) -> AnyEnergy:
+    """The energy's own forward, for autograd. A chain divides by the converged spectral norm (spectral.py), so that is
+    what it is compared with."""
+    converged: dict[str, Tensor] = {}
+    if not is_plain_energy_mlp(sampler._source.net):
+        converged = converged_buffers(sampler._source.norms(layout, conditions(flat, context, y)))
+    return AnyEnergy(sampler._source.callable(converged), layout, context, y, 1.0)
+
+
+def _far_check(
+    sampler: FastLangevin,
+    flat: Tensor,
+    layout: LatentLayout,
+    name: str,
+    context: Tensor | None,
+    y: Tensor | int | None,
+) -> list[Check]:
+    """What is run for the energy where a chain starts has to be the energy wherever a chain may come to."""
+    mlp, quadratic = sampler._source.mlp(flat, layout, context, y, 1.0, sampler.n_steps)
+    if mlp is None:
+        return []
+    own = _own_energy(sampler, flat, layout, context, y)
+    generator, dim = torch.Generator("cpu").manual_seed(1), flat.shape[1]
+    towards = torch.randn(flat.shape, generator=generator, device="cpu")
+    towards[1::2] *= torch.nn.functional.one_hot(torch.arange(len(towards[1::2])) % dim, dim)  # one coordinate alone
+    worst = 0.0
+    for size in _FAR:
+        for z in (size * towards, -size * towards):
+            z = z.to(flat.device, flat.dtype)
+            value, grad = ops.mlp_energy_grad(z, mlp, backend=name)
+            if quadratic is not None:
+                value, grad = value + quadratic.value(z), grad + quadratic.gradient(z)
+            expected_value, expected_grad = own(z)
+            # where its own is infinite, as an activation that is written out may be, the other may be right
+            finite = expected_value.isfinite() & expected_grad.isfinite().all(1)
+            error = max(_error(value[finite], expected_value[finite]), _error(grad[finite], expected_grad[finite]))
+            worst = error if not error <= worst else worst  # and stays NaN
+    return [
+        Check(
+            "far", name, worst <= _GRADIENT_TOLERANCE, f"{worst:.1e} from autograd, |z_i| to {_FAR[-1]:.0f} "
+            f"(<= {_GRADIENT_TOLERANCE:.0e})",
+        )
+    ]  # fmt: skip
 
 
 def _norm_checks(sampler: FastLangevin, layout: LatentLayout, given: Conditions, name: str) -> list[Check]:
@@ -173,9 +216,7 @@ def _norm_checks(sampler: FastLangevin, layout: LatentLayout, given: Conditions,
         if is_plain_energy_mlp(net):
             weights = [layer.effective_weight() for layer in net.layers if layer.spectral_norm]
         else:
-            found = sampler._source.found(layout, given)
-            layers = [] if isinstance(found, Unrecognised) else found.norms
-            weights = effective_weights(layers)
+            weights = effective_weights(sampler._source.norms(layout, given))
         if not weights:
             return []
         error = max(float((torch.linalg.matrix_norm(w.flatten(1).double(), 2) - 1).abs()) for w in weights)

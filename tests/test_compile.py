@@ -168,6 +168,46 @@ def test_recognised_modules_after_one_call_outside(compiler, wrap):
     torch.testing.assert_close(compiled(z)[0], changed[0], rtol=0, atol=1e-6)
 
 
+class OwnSlope(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.slope = nn.Linear(5, 12), nn.Linear(12, 1), 0.2
+
+    def forward(self, z):
+        return self.last(nn.functional.leaky_relu(self.first(z), self.slope))
+
+
+def three_layers(activation):
+    return nn.Sequential(nn.Linear(5, 12), activation, nn.Linear(12, 1))
+
+
+CHANGED = {
+    "slope": (lambda: three_layers(nn.LeakyReLU(0.2)), lambda net: setattr(net[1], "negative_slope", 0.6)),
+    "approximate": (lambda: three_layers(nn.GELU()), lambda net: setattr(net[1], "approximate", "tanh")),
+    "beta": (lambda: three_layers(nn.Softplus()), lambda net: setattr(net[1], "beta", 3.0)),
+    "a slope of one's own": (OwnSlope, lambda net: setattr(net, "slope", 0.6)),
+    "another layer": (lambda: three_layers(nn.Tanh()), lambda net: net.__setitem__(1, nn.SiLU())),
+}
+
+
+@pytest.mark.parametrize(("make", "change"), CHANGED.values(), ids=CHANGED)
+def test_a_changed_activation_is_seen_by_the_very_next_compiled_call(make, change):
+    torch.manual_seed(5)
+    net, z = make(), 3 * normal(6, 5)
+    prior = jf.FastLangevin(net, n_steps=5)
+    before = prior(z, noise_key=9)
+    compiled = torch.compile(lambda z: prior(z, noise_key=9), backend="aot_eager")
+    torch.testing.assert_close(compiled(z), before, rtol=0, atol=1e-6)
+    change(net)
+    first, second = compiled(z), compiled(z)
+    expected = jf.FastLangevin(net, n_steps=5)(z, noise_key=9)
+    assert not torch.allclose(expected, before, atol=1e-5)
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(second, expected, rtol=0, atol=1e-6)
+    whole_again = torch.compile(lambda z: prior(z, noise_key=9), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole_again(z), expected, rtol=0, atol=1e-6)
+
+
 def test_a_module_around_an_energy_mlp_after_one_call_outside():
     class Negative(nn.Module):
         def __init__(self):

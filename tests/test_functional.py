@@ -109,6 +109,14 @@ ARGS = {"e_l_steps": 3, "e_l_step_size": 0.4}
         ),
         (lambda: jf.langevin_step(Z, Z, step=-1), "step must be an integer in [0, 2**32), got -1"),
         (
+            lambda: jf.langevin_noise(1, 1, 2**32 + 1, 0),
+            "chains must be at most 2**32, as many as a noise field tells apart, got 4294967297",
+        ),
+        (
+            lambda: jf.langevin_noise(1, 2**32 + 1, 1, 0),
+            "n_steps must be at most 2**32, as many as a noise field tells apart, got 4294967297",
+        ),
+        (
             lambda: jf.langevin_step(Z, Z[0]),
             "grad must be [chains, dim] or [chains, dim, 1, 1], float32 or float64, or a "
             "list of layers, got [16] float32 on cpu",

@@ -2,8 +2,9 @@
 
     trace      a float64 copy of the module runs once and `tracing.py` conjectures its structure
     follow     where that finds none, `following.py` conjectures where in the forward its layers stand
-    test       value and gradient of that structure against the copy's own, on random inputs of two batch sizes; and
-               against the module's in its own type, at latents of its user (`energy_source.py`)
+    test       value and gradient of that structure against the copy's own, on random inputs of two batch sizes and on
+               latents of all sizes (`agreeing.py`); and against the module's in its own type, at latents of its user
+               (`energy_source.py`)
     condition  a context beside z is part of the first layer's inputs, constant along a chain
     keep       the structure, per module and weakly; never a parameter: `recognised.py` reads those at every call, or
                `probing.py` by a run of the forward
@@ -19,9 +20,7 @@ power iteration or running mean as it was.
 
 from __future__ import annotations
 
-import copy
 import itertools
-import math
 import random
 from typing import Any, NamedTuple
 
@@ -32,27 +31,24 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from ..backends import eager
-from ..checks import dtype_name, has_memory
+from ..checks import has_memory
 from ..energy import EnergyLinear
 from ..latents import LatentLayout
 from ..modes import ByIdentity, capturing, chain_mode
 from ..ops import check_spec
+from .agreeing import check_far_out, check_in_its_own_type
 from .blind_spots import blind_spot
 from .following import Follower, Seen
 from .observing import InFloat64
-from .probing import NO_CONDITIONS, Conditions, Forward, OtherPath, Plan, Probed, read
+from .probing import NO_CONDITIONS, Conditions, Forward, OtherPath, Plan, Probed, like_of, read
 from .recognised import Layer, Recognised, assembled, effective_weights
-from .structure import Label, Structure, Untraceable, structure_of
+from .structure import Label, Raising, Structure, Untraceable, structure_of
 from .tracing import Tracer
+from .twins import FORWARD_ERRORS, copy_of, replace_what_tests_nothing
 from .watching import Guards, foreign_hook, numbers_of
 
-# what somebody's forward, copied, in float64, on a foreign batch, may raise is theirs to choose, and theirs to see only
-# when it runs as they call it
-FORWARD_ERRORS = (Exception,)
 _TEST_CHAINS = (3, 7)
 _TEST_TOLERANCE = 1e-9
-_OWN_TOLERANCE = 1e-2  # in the module's own type: of the largest value, generous to bfloat16's products on a GPU
-_LARGEST_TESTED = 1e6  # of a parameter: beyond, what is tested may overflow or cancel
 # a module that changed so often is read by a plan, which no change of an attribute makes void
 _MOST_TRACES = 3
 
@@ -61,35 +57,12 @@ class Unrecognised(NamedTuple):
     """Why a module does not run in the fused kernels.
 
     lasting   False where another thread may be the cause, so that it is looked at again
+    raised    whether its forward does not take random latents of such widths
     """
 
     reason: str
     lasting: bool = True
-
-
-def copy_of(net: nn.Module) -> nn.Module:
-    # attributes computed by a forward (the weight of an old-style norm) are no leaves and refuse to be copied
-    memo = {
-        id(value): value.detach().clone()
-        for module in net.modules()
-        for value in module.__dict__.values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    return copy.deepcopy(net, memo)
-
-
-def _replace_what_tests_nothing(net: nn.Module) -> None:
-    """Random values for parameters whose entries are all the same, not finite or huge: a last layer of zeros would pass
-    any test, one of NaN none. A structure never depends on them (`tracing.py`)."""
-    generator = torch.Generator("cpu").manual_seed(1)
-    for parameter in net.parameters():
-        if parameter.numel() < 2 or not parameter.is_floating_point():
-            continue
-        values = parameter.detach()
-        # written so that NaN is replaced
-        if not (values.abs().max() <= _LARGEST_TESTED and values.min() < values.max()):
-            fresh = torch.randn(values.shape, generator=generator, dtype=values.dtype, device="cpu")
-            parameter.data = (fresh / math.sqrt(values.shape[-1])).to(values.device)
+    raised: bool = False
 
 
 def _trace(
@@ -127,7 +100,7 @@ def _trace(
     except Untraceable:
         raise
     except FORWARD_ERRORS as error:
-        raise Untraceable(f"a float64 copy of it, run on {chains} random chains, raised {error}") from error
+        raise Raising(f"a float64 copy of it, run on {chains} random chains, raised {error}") from error
     finally:
         tracer.remove_hooks()
     with torch.no_grad():
@@ -194,7 +167,7 @@ def _follow(
     except OtherPath:
         raise Untraceable("its forward takes another path when it runs again") from None
     except FORWARD_ERRORS as error:
-        raise Untraceable(f"a float64 copy of it, run on {n} random chains, raised {error}") from error
+        raise Raising(f"a float64 copy of it, run on {n} random chains, raised {error}") from error
     finally:
         follower.remove_hooks()
     with torch.no_grad():
@@ -235,7 +208,7 @@ def recognise(
     device = torch.device("cpu") if tensor is None else tensor.device
     try:
         twin = copy_of(net).to(torch.float64)
-        _replace_what_tests_nothing(twin)
+        replace_what_tests_nothing(twin)
     except FORWARD_ERRORS as error:
         return Unrecognised(f"it cannot be copied to be examined: {error}")
     spot = blind_spot(net, method)
@@ -248,14 +221,14 @@ def recognise(
             found = _examine(net, twin, layout, method, conditions, device, trace and spot is None)
             if not capturing(device):
                 try:
-                    _test_in_its_own_type(net, layout, method, conditions, found, device)
+                    check_in_its_own_type(net, method, layout, conditions, found, _like(net))
                 except Untraceable:
                     if isinstance(found, Probed):
                         raise
                     found = _examine(net, twin, layout, method, conditions, device, False)
-                    _test_in_its_own_type(net, layout, method, conditions, found, device)
+                    check_in_its_own_type(net, method, layout, conditions, found, _like(net))
     except Untraceable as why:
-        return Unrecognised(str(why))
+        return Unrecognised(str(why), raised=isinstance(why, Raising))
     except OtherPath:
         return Unrecognised("its forward takes another path when it runs again")
     finally:
@@ -292,14 +265,15 @@ def _examine(
         try:
             first, second = (_trace(twin, method, layout, context_dim, n, scale, device, numbers) for n, scale in runs)
             if first == second:
+                check_far_out(twin, method, layout, conditions, first, device)
                 return Recognised(net, first)
         except Untraceable:
             pass  # `_follow` understands more, and says why if it does not
     first, second = (_follow(twin, method, layout, conditions, n, scale, device) for n, scale in runs)
     if first != second:
         raise Untraceable("its forward takes another path on another batch")
-    like = _like(net)
-    return Probed(Forward(net, method), layout, first, like)
+    check_far_out(twin, method, layout, conditions, first, device)
+    return Probed(Forward(net, method), layout, first, _like(net))
 
 
 def _like(net: nn.Module) -> Tensor:
@@ -308,51 +282,10 @@ def _like(net: nn.Module) -> Tensor:
     Raises:
         Untraceable: there is none.
     """
-    floating = [parameter for parameter in net.parameters() if parameter.is_floating_point()]
-    if not floating:
+    like = like_of(net)
+    if like is None:
         raise Untraceable("it has no parameters")
-    return max(floating, key=lambda parameter: parameter.dim())
-
-
-def _test_in_its_own_type(
-    net: nn.Module,
-    layout: LatentLayout,
-    method: str,
-    conditions: Conditions,
-    found: Recognised | Probed,
-    device: torch.device,
-) -> None:
-    """A forward may look at the type of its tensors, which a float64 copy cannot show.
-
-    Raises:
-        Untraceable: it does.
-    """
-    like = _like(net)
-    n = _TEST_CHAINS[0]
-    given = conditions.rows([i % max(conditions.chains, 1) for i in range(n)])
-    flat = torch.randn(n, layout.dim, generator=torch.Generator("cpu").manual_seed(n), device="cpu")
-    flat = flat.to(device, like.dtype)
-    try:
-        # a copy, so that attributes that it writes stay as they are, and no other thread changes a parameter
-        twin = copy_of(net)
-        own = Forward(twin, method)
-        if isinstance(found, Probed):
-            found.mlp(given)  # a copy draws from copies of generators
-            mlp, quadratic = found.of(own).mlp(given)
-        else:
-            mlp, quadratic = Recognised(twin, found.structure).mlp(1.0, given.options.get("context")), None
-        with torch.no_grad():
-            value = own(own.buffers(), layout.restore(flat), given.options).reshape(-1).double()
-            expected = eager.mlp_forward(flat, mlp)[0].double()
-            if quadratic is not None:
-                expected = expected + quadratic.value(flat).double()
-    except OtherPath:
-        raise Untraceable(f"its forward takes another path in {dtype_name(like.dtype)}") from None
-    except FORWARD_ERRORS:
-        return  # the user's to see, when it runs
-    finite = bool(value.isfinite().all()) and bool(expected.isfinite().all())
-    if finite and not bool(((value - expected).abs() <= _OWN_TOLERANCE * (1 + expected.abs().max())).all()):
-        raise Untraceable(f"its forward computes something else in {dtype_name(like.dtype)} than in float64")
+    return like
 
 
 def _numpy_state() -> tuple:
@@ -400,26 +333,47 @@ def recognised(
     conditions: Conditions = NO_CONDITIONS,
     *,
     anew: bool = False,
+    plain: bool = False,
 ) -> Recognised | Probed | Unrecognised:
     """`recognise`, remembered per module, layout, mode and kind of conditions for as long as nothing that matters
-    changes; `anew`, a plan that was found does not hold any more."""
+    changes.
+
+    anew    a plan that was found does not hold any more
+    plain   its parameters go to a kernel that compares their shapes with the structure's
+    """
     remembered = _examined[net]
     key = (layout, net.training, method, conditions.kind)
     entry = remembered.get(key)
     if entry is None and any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
         return Unrecognised("a scripted or traced module cannot be watched; pass the nn.Module it was made from")
-    if entry is not None and not anew and _is_settled(entry) and (type(entry.found) is Probed or entry.guards.hold()):
+    if entry is not None and not anew and _is_settled(entry) and _holds(entry, net, plain):
         return entry.found
-    times, change = (0, None) if entry is None else (entry.times, entry.guards.change() or "its path")
+    times, change = (
+        (0, None) if entry is None else (entry.times, entry.guards.change() or _other_than_watched(entry, net))
+    )
     if len(remembered) >= _MAX_REMEMBERED:
         remembered.clear()
     # the snapshot comes first: a change while tracing would be noticed at the next call
-    guards = Guards(net)
+    guards = Guards(net, method)
     found = recognise(net, layout, method, conditions, trace=times < _MOST_TRACES)
     if type(found) is Unrecognised and times >= _MOST_TRACES:
         found = recognise(net, layout, method, conditions)
     remembered[key] = Examined(guards, found, times + 1, change, set())
     return found
+
+
+def _holds(entry: Examined, net: nn.Module, plain: bool) -> bool:
+    """Whether what was found still is so; of a plan every run tells, but not in what type."""
+    found = entry.found
+    if type(found) is Probed:
+        return found.is_of(net)
+    return entry.guards.hold(shapes=not (plain and type(found) is Recognised and found.shapes_are_compared))
+
+
+def _other_than_watched(entry: Examined, net: nn.Module) -> str:
+    """What changed, where nothing did that is watched."""
+    found = entry.found
+    return "its type or device" if type(found) is Probed and not found.is_of(net) else "its path"
 
 
 def _is_settled(entry: Examined) -> bool:

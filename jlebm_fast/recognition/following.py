@@ -6,7 +6,8 @@ A copy of the module runs in float64 on a small random batch. Of every tensor th
     elementwise   a smooth function of one affine tensor; an activation where it is one of the catalogue
     reduced       the logits' logsumexp, or one chosen of them, scaled and shifted; or a network's value with what is
                   added to it of z alone
-    of z alone    some smooth function of z beside the network; a quadratic one is tested for like all the rest
+    of z alone    a function of z beside the network, quadratic by the way it is computed; that its coordinates are
+                  independent is tested like all the rest
     condition     computed from a condition alone, other for each chain
     unknown       nothing that an MLP has, with the reason
 
@@ -29,6 +30,7 @@ from .calls import (
     MOVING,
     MULTIPLYING,
     NEGATING,
+    NORM,
     NORMS,
     OF_Z_ALONE,
     OUT_OF_Z,
@@ -37,6 +39,7 @@ from .calls import (
     SMOOTH,
     Call,
     Seen,
+    degree_of,
 )
 from .observing import (
     ADDING,
@@ -149,7 +152,8 @@ class Follower(ForwardObserver[Seen]):
             found = self._elementwise(call)
         if found is not None:
             self._numbers_matter(call)
-            return found
+            of_layer_0 = found.kind == "elementwise" and found.layer == 0
+            return found._replace(degree=degree_of(call, self.chains)) if of_layer_0 else found
         tensor, first = call.of_z[0]
         keeps = call.name in (REARRANGING | KEEPING) - JOINING and call.output.numel() == tensor.numel()
         if len(call.of_z) == 1 and first.kind == "elementwise" and keeps:
@@ -165,7 +169,10 @@ class Follower(ForwardObserver[Seen]):
         if call.name in NORMS | {"pow"}:
             self._numbers_matter(call)
         earlier = next((seen.why for _, seen in call.of_z if seen.kind == "of z alone"), label.why)
-        return Seen("of z alone", made=call.place, why=earlier)
+        degree = degree_of(call, self.chains)
+        if degree is None:
+            return self._unknown(f"{why}, which is no Gaussian in z either,")
+        return Seen("of z alone", made=call.place, degree=degree, why=earlier)
 
     def _with_z_alone(self, call: Call) -> Seen:
         """An operation on a function of z alone, perhaps its sum with the value of a network."""
@@ -174,7 +181,8 @@ class Follower(ForwardObserver[Seen]):
         if all(seen.layer == 0 and seen.kind == "affine" for _, seen in others):
             return self._no_network(call, f"{call.name} is not an operation of an MLP")
         sizes = {leaf.numel() for leaf, _ in call.of_z} | {call.output.numel()}
-        if len(alone) != 1 or len(others) != 1 or call.name not in ADDING or call.kwargs or sizes != {self.chains}:
+        adds = call.name in ADDING and not call.kwargs and alone[0][1].degree != NORM
+        if len(alone) != 1 or len(others) != 1 or not adds or sizes != {self.chains}:
             return self._unknown(
                 f"{call.name} of a network's values and a function of z that is none ({alone[0][1].why})"
             )
@@ -312,7 +320,8 @@ class Follower(ForwardObserver[Seen]):
         if seen.activation is None or seen.activation[0] not in ACTIVATIONS:
             what = "a function that is no activation of the catalogue"
             unknown = self._unknown(what if seen.activation is None else f"{seen.activation[0]} between layers")
-            return Seen("of z alone", made=seen.made, why=unknown.why) if seen.layer == 0 else unknown
+            alone = seen.layer == 0 and seen.degree is not None
+            return Seen("of z alone", made=seen.made, degree=seen.degree, why=unknown.why) if alone else unknown
         values = self._values.get(seen.of)
         if values is None or values.shape[0] != self.chains:
             return self._unknown("an activation of what has no row per chain")

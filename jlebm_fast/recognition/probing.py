@@ -8,7 +8,7 @@
 `following.py` finds out once where the activations stand, the Plan; each call of a chain then costs one such run, and
 sees the parameters, buffers, numbers and attributes of that moment. A run that makes other calls of torch than the
 plan, or others of the numbers that shape an activation, is OtherPath. Calls that are the same but of other tensors are
-seen by `agrees`, which compares what was read with the forward's own value and gradient where a chain starts.
+seen by `agreeing.py`, which compares what was read with the forward's own value and gradient where a chain starts.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..backends import eager
 from ..latents import LatentLayout
-from ..modes import chain_mode, copies_of_buffers, is_compiled, run_on_buffers
+from ..modes import copies_of_buffers, is_compiled, run_on_buffers
 from ..problem import MLP, MLPSpec
 from ..quadratic import Quadratic
 from .recognised import Layer, converged_buffers
@@ -211,11 +212,26 @@ class Forward:
     def __init__(self, net: nn.Module, method: str = "forward") -> None:
         self._net, self._method = weakref.ref(net), method
         self._compiled = any(is_compiled(m) or m._compiled_call_impl is not None for m in net.modules())
-        self.norms = [Layer(net, LinearSite(path, "spectral", "weight", "", None)) for path in _spectral_norms(net)]
+        self._norms: list[Layer] = []
+
+    @property
+    def norms(self) -> list[Layer]:
+        """The layers that have a spectral norm now: nobody watches whether one is exchanged, or loses its norm.
+
+        Raises:
+            Untraceable: there is a norm whose converged value is not known.
+        """
+        net = self._net()
+        known = {(layer.path, id(layer.owner())): layer for layer in self._norms}  # with where their iterations ended
+        self._norms = [
+            known.get((path, id(module))) or Layer(net, LinearSite(path, "spectral", "weight", "", None))
+            for path, module in _spectral_norms(net)
+        ]
+        return self._norms
 
     def buffers(self) -> dict[str, Tensor]:
         """Those of the module, of spectral norms the converged ones; a run leaves the module's own as they are."""
-        return copies_of_buffers(self._net()) | self.converged_buffers()
+        return copies_of_buffers(self._net()) | converged_buffers(self.norms)
 
     def __call__(self, buffers: dict[str, Tensor], z: Any, options: dict[str, Any]) -> Any:
         # what is compiled shows none of its calls
@@ -231,10 +247,6 @@ class Forward:
         named = {f"owner.{name}": buffer for name, buffer in buffers.items()}
         return run_on_buffers(MethodOf(net, self._method), named, (z,), options, owner=net)
 
-    def converged_buffers(self) -> dict[str, Tensor]:
-        """Buffers (u, v) of spectral norms as after enough power iterations."""
-        return converged_buffers(self.norms)
-
 
 class MethodOf(nn.Module):
     """A method of a module as a module of its own."""
@@ -248,12 +260,11 @@ class MethodOf(nn.Module):
         return getattr(self.owner, self._method)(z, **options)
 
 
-def _spectral_norms(net: nn.Module) -> list[str]:
-    from torch.nn.utils.parametrizations import _SpectralNorm
-    from torch.nn.utils.spectral_norm import SpectralNorm
-
+def _spectral_norms(net: nn.Module) -> list[tuple[str, nn.Module]]:
     found = []
     for path, module in net.named_modules():
+        if not module._forward_pre_hooks and "parametrizations" not in module._modules:
+            continue  # most of them, at every call
         old = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
         new = nn.utils.parametrize.is_parametrized(module) and any(
             isinstance(p, _SpectralNorm) for chain in module.parametrizations.values() for p in chain
@@ -262,7 +273,18 @@ def _spectral_norms(net: nn.Module) -> list[str]:
             continue
         if computed_weight_kind(module) != "spectral":
             raise Untraceable(f"layer '{path}' has a spectral norm whose converged value is not known")
-        found.append(path)
+        found.append((path, module))
+    return found
+
+
+def like_of(net: nn.Module) -> Tensor | None:
+    """The parameter that tells the type of all; None where there is none."""
+    found = None
+    for module in net.modules():  # `net.parameters()` takes three times as long
+        for parameter in module._parameters.values():
+            floating = parameter is not None and parameter.is_floating_point()
+            if floating and (found is None or parameter.dim() > found.dim()):
+                found = parameter
     return found
 
 
@@ -277,7 +299,11 @@ class Probed:
         self.forward, self._layout, self._plan = forward, layout, plan
         self.spec = plan.spec
         self._dtype, self._device = like.dtype, like.device
-        self.converged_buffers = forward.converged_buffers
+
+    def is_of(self, net: nn.Module) -> bool:
+        """Whether the module's type and device are those that it was examined in."""
+        like = like_of(net)
+        return like is not None and like.dtype is self._dtype and like.device == self._device
 
     def of(self, forward: Forward) -> Probed:
         """The same of a copy's forward."""
@@ -288,7 +314,10 @@ class Probed:
     @property
     def norms(self) -> list[Layer]:
         """The layers whose weights are divided by their spectral norm."""
-        return self.forward.norms
+        try:
+            return self.forward.norms
+        except Untraceable:
+            raise OtherPath from None
 
     @property
     def rows(self) -> int:
@@ -301,8 +330,11 @@ class Probed:
         Raises:
             OtherPath: the forward is not what it was.
         """
-        with torch.no_grad():
-            return read(self._plan, self.forward, self._layout, conditions, self._dtype, self._device)
+        try:
+            with torch.no_grad():
+                return read(self._plan, self.forward, self._layout, conditions, self._dtype, self._device)
+        except Untraceable:
+            raise OtherPath from None
 
 
 def read(
@@ -382,69 +414,3 @@ def _quadratic(parts: list[Tensor], flat: Tensor) -> Quadratic | None:
     (gradient,) = torch.autograd.grad(value.sum(), flat)
     linear = gradient[0]
     return Quadratic(value[0].detach(), linear, linear - gradient[1 : 1 + flat.shape[1]].diagonal())
-
-
-# rows on which a reading is compared with the forward's own value and gradient
-_MOST_COMPARED = 4096
-_CLOSE, _CLOSE_ON_A_GPU = 2e-4, 2e-2  # there products may be tf32
-_ASIDE = 1e-2  # how far a second look is taken where a kink may have lain within rounding
-
-
-def agrees(
-    forward: Forward,
-    layout: LatentLayout,
-    mlp: MLP,
-    quadratic: Quadratic | None,
-    flat: Tensor,
-    conditions: Conditions,
-) -> bool:
-    """Whether an MLP, and what is added to it, has the forward's own value and gradient at these latents, relative to
-    the largest.
-
-    A chain that is off is looked at a second time, a little aside.
-    """
-    if flat.shape[0] > _MOST_COMPARED:
-        flat, conditions = flat[:_MOST_COMPARED], conditions.rows(range(_MOST_COMPARED))
-        bias, logit = (None if t is None else t[:_MOST_COMPARED] for t in (mlp.context_bias, mlp.logit))
-        mlp = mlp._replace(context_bias=bias, logit=logit)
-    off = _off(forward, layout, mlp, quadratic, flat, conditions)
-    if off is None or not bool(off.any()):
-        return off is not None
-    aside = torch.randn(flat.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu")
-    still = _off(forward, layout, mlp, quadratic, flat + _ASIDE * aside.to(flat.device, flat.dtype), conditions)
-    return still is not None and not bool((off & still).any())
-
-
-def _off(
-    forward: Forward,
-    layout: LatentLayout,
-    mlp: MLP,
-    quadratic: Quadratic | None,
-    flat: Tensor,
-    conditions: Conditions,
-) -> Tensor | None:
-    """Which chains [chains] have another value or gradient; None where the forward has none that depends on z."""
-    chains = flat.shape[0]
-    with chain_mode(flat.device, gradients=True):
-        z = flat.clone().requires_grad_()
-        output = forward(forward.buffers(), layout.restore(z * 1), conditions.options)
-        if not isinstance(output, Tensor) or output.numel() != chains or not output.requires_grad:
-            return None
-        (grad,) = torch.autograd.grad(output.sum(), z, allow_unused=True)
-    if grad is None:
-        return None
-    with torch.no_grad():
-        value, ours = eager.mlp_energy_grad(flat, mlp)
-        if quadratic is not None:
-            value, ours = value + quadratic.value(flat), ours + quadratic.gradient(flat)
-        close = _CLOSE if flat.is_cpu else _CLOSE_ON_A_GPU
-        own = output.detach().reshape(chains, 1).to(value.dtype)
-        return _far(value.view(chains, 1), own, close) | _far(ours, grad, close)
-
-
-def _far(value: Tensor, own: Tensor, close: float) -> Tensor:
-    """Which chains [chains] are farther off than that; where the own is not finite nothing is asked."""
-    finite = own.isfinite()
-    largest = torch.where(finite, own.abs(), 0.0).amax() if own.numel() else own.new_zeros(())
-    near = (value - own).abs() <= close * largest + 1e-7
-    return (finite & ~near).any(dim=1)

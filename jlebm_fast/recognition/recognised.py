@@ -117,6 +117,10 @@ class Recognised:
         ]
         self.plain = (structure.spec, tuple(terms))
         self._places = self._parameter_places()
+        places = [] if self._places is None else [*self._places[0], *self._places[1]]
+        read = {id(owner()._parameters[name]) for owner, name in places if name is not None}
+        # `plain_mlp` gives all of them as they are to a kernel, which takes none of another shape
+        self.shapes_are_compared = all(id(parameter) in read for parameter in net.parameters())
         self._columns: dict[torch.device, list[Tensor | None]] = {}  # made once: a copy to a GPU waits for it
 
     def _parameter_places(self) -> tuple[list[tuple], list[tuple]] | None:
@@ -162,10 +166,6 @@ class Recognised:
     def n_terms(self) -> int:
         """Of how many networks it is the sum."""
         return len(self.terms)
-
-    def converged_buffers(self) -> dict[str, Tensor]:
-        """Buffers with which the module's own forward is the energy of a chain."""
-        return converged_buffers(self.layers)
 
 
 def assembled(

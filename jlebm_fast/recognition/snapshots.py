@@ -7,7 +7,9 @@ What a tensor holds is no part of either, nor which one it is: nothing that is r
 (`tracing.py`), and a forward may leave another one behind each time, as old-style norms do with their weight.
 
 Neither keeps a module alive. What an attribute holds may name the module itself, as a bound method or a closure does:
-only plain values are held, everything else weakly, or by its address.
+only plain values are held, everything else weakly, or by its address. Parameters by their address alone: torch
+exchanges what a parameter holds only where nobody refers to it weakly (`torch.utils.swap_tensors`). Nor is an object
+asked for an attribute that its class has not: a `__getattr__` of somebody's options may raise, or make what it lacks.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import operator
 import types
 import weakref
 from collections.abc import Iterable, Mapping
@@ -33,32 +36,66 @@ _DEPTH = 4
 EMPTY_CELL = object()
 
 
+class _Parts:
+    """What a function runs, as the entry of a mapping: [function], or of a weak proxy of it, is its code, its defaults
+    and those of keywords alone. All three may be exchanged in place, as IPython's autoreload does."""
+
+    __getitem__ = staticmethod(
+        operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+    )  # no frame of Python's
+
+
+_PARTS = _Parts()
+
+
+def is_a(value: object, kinds: type | tuple[type, ...]) -> bool:
+    """Whether it is, by its class: `isinstance` asks the object too, and one that stands for another may raise."""
+    return issubclass(type(value), kinds)
+
+
+def attributes_of(value: object) -> dict | None:
+    """The dict of an object's attributes; None where it has none."""
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 # --- by value
 
 
 def frozen(value: object, depth: int = _DEPTH) -> object:
     """What can be compared later of an attribute: plain values however nested, identities of everything else."""
-    if isinstance(value, PLAIN):
+    if is_a(value, PLAIN):
         return value
-    if isinstance(value, Tensor):
+    if is_a(value, Tensor):
         return type(value)
-    if isinstance(value, types.MethodType):
+    if is_a(value, types.MethodType):
         return id(value.__func__)
-    if depth == 0 or isinstance(value, nn.Module) or callable(value):
+    if depth == 0 or is_a(value, nn.Module) or callable(value):
         return id(value)
-    if isinstance(value, dict):
-        entries = itertools.islice(value.items(), MOST_ENTRIES)
+    if is_a(value, dict):
+        entries = itertools.islice(dict.items(value), MOST_ENTRIES)
         return tuple((frozen(key, 0), frozen(entry, depth - 1)) for key, entry in entries)
-    if isinstance(value, (list, tuple)):
+    if is_a(value, (list, tuple)):
         return tuple(frozen(entry, depth - 1) for entry in value[:MOST_ENTRIES])
-    if hasattr(value, "__dict__"):
-        return frozen(vars(value), depth - 1)
-    return id(value)
+    attributes = attributes_of(value)
+    return id(value) if attributes is None else frozen(attributes, depth - 1)
+
+
+def frozen_function(function: types.FunctionType | None, depth: int) -> tuple | None:
+    """What can be compared later of what a function runs, and of what its closure holds; None of one that is gone."""
+    if function is None:
+        return None
+    code, *defaults = _PARTS[function]
+    cells = function.__closure__ or ()
+    return code, frozen(tuple(defaults), depth + 2), [frozen(contents_of(cell), depth) for cell in cells]
 
 
 def _options_of(name: str, value: object) -> dict[str, object] | None:
     """The entries of a namespace or dict of options such as `self.args`, of which all are looked at."""
-    if isinstance(value, (argparse.Namespace, types.SimpleNamespace)):
+    if is_a(value, (argparse.Namespace, types.SimpleNamespace)):
         return vars(value)
     return value if type(value) is dict and not name.startswith("_") else None
 
@@ -138,21 +175,34 @@ class Objects:
         o  this very object                     d D  a dict of n entries (D: or more), then its keys and values
         w  the same, by a weak reference        l L  a list or tuple of n entries (L: or more), then these
         a  the same, by its address             v    an object, then its dict of attributes
-        c  an object of this class              p    a parameter, by a weak reference, and its shape
+        c  an object of this class              x    nothing that this could tell the same: values decide
         n  a collection of this length          e    a closure's variable without a value
-        x  nothing that this could tell the same: values decide
     Between the keys of a dict:
         s  so many keys and values, whatever they are
     """
 
     def __init__(self) -> None:
         self._kinds, self._things = bytearray(), []
+        self._shapes: list[tuple[weakref.ref, list[tuple[str, tuple[int, ...]]]]] = []  # weakly the module, and names
 
-    def hold(self) -> bool:
-        """Whether all of it is still there; False also without the compiled module."""
+    def hold(self, *, shapes: bool = True) -> bool:
+        """Whether all of it is still there; False also without the compiled module.
+
+        shapes   False: where whoever reads the parameters compares their shapes too, which take longest here
+        """
         if _native.unavailable_reason() is not None:
             return False
-        return _native.load().same_things(self._kinds, self._things)
+        if not _native.load().same_things(self._kinds, self._things):
+            return False
+        return not shapes or self._same_shapes()
+
+    def _same_shapes(self) -> bool:
+        for module, shapes in self._shapes:
+            parameters = module()._parameters  # seen a moment ago, with these names
+            for name, shape in shapes:
+                if parameters[name].shape != shape:
+                    return False
+        return True
 
     def add_module(self, module: nn.Module) -> None:
         self._put("M", weakref.ref(module))
@@ -172,7 +222,7 @@ class Objects:
             elif name == "_modules":
                 self._add(value, 2, options=value)  # all of them
             elif name == "_parameters":
-                self._add_parameters(value)
+                self._add_parameters(module, value)
             elif name in HOOKS:
                 self._put("n", len(value))
             else:
@@ -193,6 +243,14 @@ class Objects:
             else:
                 self._add(value, depth)
 
+    def add_function(self, function: types.FunctionType, depth: int) -> None:
+        code, *defaults = _PARTS[function]
+        self._put("N", (_PARTS, weakref.proxy(function)))
+        self._put("l", 3)
+        self._put("o", code)
+        for value in defaults:
+            self._add(value, depth + 1)
+
     def add_forward(self, cls: type, forward: object) -> None:
         self._put("F", (cls, forward))
 
@@ -206,27 +264,29 @@ class Objects:
 
     def _add(self, value: object, depth: int, options: dict | None = None) -> None:
         """What `frozen` looks at, of options all entries."""
-        if isinstance(value, PLAIN):
+        if is_a(value, PLAIN):
             self._put("o", value)
-        elif isinstance(value, Tensor):
+        elif is_a(value, Tensor):
             self._put("c", type(value))
-        elif depth == 0 or isinstance(value, (types.MethodType, nn.Module)) or callable(value):
+        elif depth == 0 or is_a(value, (types.MethodType, nn.Module)) or callable(value):
             self._add_weakly(value)
-        elif isinstance(value, dict):
+        elif is_a(value, dict):
             most = len(value) if value is options else MOST_ENTRIES
             self._put("D" if len(value) > most else "d", min(len(value), most))
-            for key, entry in itertools.islice(value.items(), most):
+            for key, entry in itertools.islice(dict.items(value), most):
                 self._add(key, 0)
                 self._add(entry, depth - 1)
-        elif isinstance(value, (list, tuple)):
+        elif is_a(value, (list, tuple)):
             self._put("L" if len(value) > MOST_ENTRIES else "l", min(len(value), MOST_ENTRIES))
             for entry in value[:MOST_ENTRIES]:
                 self._add(entry, depth - 1)
-        elif hasattr(value, "__dict__"):
-            self._put("v")
-            self._add(vars(value), depth - 1, options)
-        else:
+        elif (attributes := attributes_of(value)) is None:
             self._add_weakly(value)
+        elif type(type(value).__getattribute__) is types.WrapperDescriptorType:
+            self._put("v")
+            self._add(attributes, depth - 1, options)
+        else:  # code of its own would run at every look
+            self._put("x")
 
     def _add_weakly(self, value: object) -> None:
         try:
@@ -237,8 +297,9 @@ class Objects:
             else:  # it holds no other object
                 self._put("o", value)
 
-    def _add_parameters(self, parameters: Mapping[str, nn.Parameter | None]) -> None:
+    def _add_parameters(self, module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> None:
         self._put("d", len(parameters))
+        shapes = []
         for name, parameter in parameters.items():
             self._put("o", name)
             if parameter is None:
@@ -246,4 +307,8 @@ class Objects:
             elif is_lazy(parameter):
                 self._put("x")
             else:
-                self._put("p", (weakref.ref(parameter), parameter.shape))
+                # another one at the address of one that is gone is as good, if its shape is the same
+                self._put("a", id(parameter))
+                shapes.append((name, parameter.shape))
+        if shapes:
+            self._shapes.append((weakref.ref(module), shapes))

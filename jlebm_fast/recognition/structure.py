@@ -62,6 +62,10 @@ class Untraceable(Exception):
     """Why a module is no MLP, in words for the user."""
 
 
+class Raising(Untraceable):
+    """Its forward raised on latents of such widths."""
+
+
 class Linear(NamedTuple):
     """A linear layer met on the way: where it is, and the very tensors it used."""
 
