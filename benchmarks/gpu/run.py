@@ -13,6 +13,7 @@ After every section the JSON is written: benchmarks/results/gpu-<date>.json, and
     triton      the same tests for Triton, which compiles for a second or two in most of them: may end unfinished
     sanitizer   compute-sanitizer on a small case, if it is there
     races       its tool for missing barriers on the same case: only where --sections names it
+    tiles       candidates for the tiles of the Triton kernels (tiles.py): likewise
 
 `--dry-run` goes through the same programs without a GPU: the kernels as built for the host, tiny sizes, no build.
 """
@@ -38,13 +39,15 @@ TOTAL_S = 530  # of 9 minutes, with time to print
 # most seconds of each section; `chains` gets what is left beside FOR_LATER_S
 LIMITS_S = {
     "build": 180, "limits": 45, "tests": 90, "tried": 60, "energy": 30, "backends": 90, "triton": 100, "sanitizer": 60,
-    "races": 300,
+    "races": 300, "tiles": 200,
 }  # fmt: skip
 FOR_LATER_S = 160
 # torch and its libraries ask CUDA for what some drivers lack, and go on; our own launches raise
 SANITIZER = ["compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--tool"]
 # late without a fault of the code: under compute-sanitizer the import of torch alone may take longer than there is
 MAY_BE_LATE = ("triton", "sanitizer", "races")
+# the tests of Triton compile for two to three minutes of one processor
+TRITON_SIDE_BY_SIDE, TRITON_ALONE_S = 8, 200
 
 
 class Report:
@@ -116,8 +119,11 @@ def build_command() -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: host build of the kernels, tiny sizes")
-    parser.add_argument("--sections", default="build,limits,tests,tried,chains,energy,backends,triton,sanitizer")
+    parser.add_argument("--sections", help="some of the above, with commas; without it all but those to be named")
     options = parser.parse_args()
+    sections = (options.sections or "build,limits,tests,tried,chains,energy,backends,triton,sanitizer").split(",")
+    if options.dry_run and options.sections is None:
+        sections.append("tiles")
     began = time.monotonic()
     report = Report(options.dry_run)
     with_toolkit_on_path()
@@ -134,7 +140,10 @@ def main() -> int:
         environment.setdefault("JLEBM_CUDA_ARCHS", f"{arch}-real")
     dry = ["--dry-run"] if options.dry_run else []
     pytest = python("-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider")
-    side_by_side = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    limits = dict(LIMITS_S)
+    side_by_side = ["-n", str(min(TRITON_SIDE_BY_SIDE, os.cpu_count() or 1))]
+    if importlib.util.find_spec("xdist") is None:
+        side_by_side, limits["triton"] = [], TRITON_ALONE_S
     commands = {
         "build": build_command(),
         "limits": python(str(HERE / "limits.py"), str(scratch / "limits.json"), *dry),
@@ -146,6 +155,7 @@ def main() -> int:
         "triton": [*pytest, *side_by_side, "tests/gpu/test_triton.py", *BACKEND_TESTS, "-k", "triton"],
         "sanitizer": [*SANITIZER, "memcheck", *python(str(HERE / "small_case.py"), *dry)],
         "races": [*SANITIZER, "racecheck", *python(str(HERE / "small_case.py"), *dry)],
+        "tiles": python(str(HERE / "tiles.py"), str(scratch / "tiles.json"), *dry),
     }
     if options.dry_run:
         # the first needs no rehearsal, the others have no device
@@ -156,10 +166,10 @@ def main() -> int:
         report.content["sections"]["sanitizer"] = {"status": "compute-sanitizer is not installed", "seconds": 0.0}
     failed = False
     for name, command in commands.items():
-        if name not in options.sections.split(","):
+        if name not in sections:
             continue
         left = TOTAL_S - (time.monotonic() - began)
-        limit = left - FOR_LATER_S if name == "chains" else min(LIMITS_S[name], left)
+        limit = left - FOR_LATER_S if name == "chains" else min(limits[name], left)
         if options.dry_run:
             limit = 400.0  # the first section that needs the host build makes it
         answer = scratch / f"{name}.json"

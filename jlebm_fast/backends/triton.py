@@ -6,11 +6,12 @@ A program owns 16 to 64 chains for all steps. The MLP runs in one of two regimes
     streamed   anything wider or deeper: weights from L2 tile by tile, activations of L layers in a scratch buffer
                of up to 2 · processors · (3 + L) · 64 · (widest layer) floats: 0.5 GB for 4 x 1024 units on an H100
 
-Kernels live in `triton_kernels/`: noise.py, activation.py, update.py, resident.py, streamed.py; launch.py binds them to
-tensors. Precisions: "fp32" is three-way tf32 on NVIDIA and float32 on AMD, "tf32" and "bf16" round the operands of the
-matrix products; state, noise, prior term and sums are float32 in all of them. Launches go to torch's current stream
-and never synchronise. Under TRITON_INTERPRET=1 Triton's interpreter runs the same kernels on CPU tensors: for tests.
-Tiles can be overridden, see triton_kernels/tiles.py.
+Kernels live in `triton_kernels/`: noise.py, activation.py, update.py, resident.py, packing.py, streamed.py; launch.py
+binds them to tensors. Precisions: "fp32" is three-way tf32 on NVIDIA and float32 on AMD, "tf32" and "bf16" round the
+operands of the matrix products; state, noise, prior term and sums are float32 in all of them. Launches go to torch's
+current stream and never synchronise; while a CUDA graph is captured they are refused if a kernel would have to be
+compiled or loaded for them. Under TRITON_INTERPRET=1 Triton's interpreter runs the same kernels on CPU tensors: for
+tests. Tiles can be overridden, see triton_kernels/tiles.py.
 """
 
 from __future__ import annotations

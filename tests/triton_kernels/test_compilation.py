@@ -6,6 +6,7 @@ The published problems (HS, FID, LEBM, WIDE) in each precision; tiles as the bac
 from __future__ import annotations
 
 import os
+import re
 
 import needs_compiler  # noqa: F401
 import pytest
@@ -49,9 +50,9 @@ def global_loads(text):
     return [line for line in text.splitlines() if "tt.load" in line or ".buffer_load" in line]
 
 
-def check_limits(compiled, regime, chip_name):
+def check_limits(compiled, regime, chip_name, most_spilled=None):
     target, chip = CHIPS[chip_name]
-    assert compiled.spilled <= MOST_SPILLED[regime], compiled[:4]
+    assert compiled.spilled <= (MOST_SPILLED[regime] if most_spilled is None else most_spilled), compiled[:4]
     assert compiled.registers <= MOST_REGISTERS[target.backend], compiled[:4]
     assert 0 < compiled.shared <= chip.shared, compiled[:4]
 
@@ -105,6 +106,86 @@ def test_recorded_chains_fit(problem, chip_name, precision):
     check_limits(compiled, chosen.regime, chip_name)
 
 
+def net_of(widths: str) -> MLPSpec:
+    numbers = tuple(map(int, widths.split("-")))
+    depth = len(numbers) - 2
+    return MLPSpec(numbers, ("gelu",) * depth, (0.0,) * depth, "identity" if numbers[-1] == 1 else "logsumexp")
+
+
+@pytest.mark.parametrize(
+    ("widths", "precision", "chains", "regime"),
+    [
+        # weights that fill the shared memory up to the last kilobytes
+        ("200-128-128-10", "bf16", 10_000, "resident"),
+        ("256-128-100", "bf16", 10_000, "resident"),
+        ("64-64-64-64-10", "fp32", 10_000, "resident"),
+        ("64-128-128-1", "tf32", 10_000, "resident"),
+        # more registers than there are, were they resident: sides of more than a warpgroup's 64 rows
+        ("256-32-32-1", "fp32", 10_000, "streamed"),
+        ("32-256-1", "fp32", 10_000, "streamed"),
+        ("128-64-10", "fp32", 10_000, "streamed"),
+        ("64-64-100", "fp32", 100, "streamed"),
+        ("256-32-32-10", "fp32", 100, "streamed"),
+        ("256-64-64-64-10", "tf32", 10_000, "streamed"),
+        # or with 32 chains a program
+        ("64-64-64-64-64-100", "tf32", 10_000, "resident"),
+        ("128-64-64-64-64-1", "tf32", 10_000, "resident"),
+        ("128-32-32-32-32-100", "bf16", 10_000, "resident"),
+        ("256-32-32-1", "tf32", 10_000, "resident"),
+    ],
+)
+def test_other_shapes_fit(widths, precision, chains, regime):
+    chosen, compiled = compile_chain(net_of(widths), "sm_90", precision, chains)
+    assert chosen.regime == regime
+    check_limits(compiled, regime, "sm_90", most_spilled=32)
+
+
+@pytest.mark.parametrize(
+    ("chip_name", "precision", "chains", "block_chains", "most_spilled"),
+    [
+        ("sm_90", "tf32", 100, 16, 0),
+        ("sm_90", "bf16", 100, 16, 0),
+        ("sm_90", "fp32", 4_000, 32, 0),
+        ("sm_90", "tf32", 4_000, 32, 0),
+        ("sm_90", "bf16", 4_000, 32, 0),
+        ("sm_90", "fp32", 10_000, 64, 16),
+        ("sm_90", "tf32", 10_000, 64, 0),
+        ("sm_90", "bf16", 10_000, 64, 0),
+        ("sm_80", "tf32", 100, 16, 0),
+        ("sm_80", "bf16", 100, 16, 0),
+        ("sm_80", "fp32", 10_000, 64, 96),
+        ("sm_89", "tf32", 100, 16, 0),
+        ("sm_89", "bf16", 100, 16, 0),
+        ("sm_89", "tf32", 10_000, 64, 0),
+        ("sm_100", "fp32", 4_000, 32, 16),
+        ("gfx942", "bf16", 100, 16, 0),
+    ],
+)
+def test_streamed_tiles_spill_next_to_nothing(chip_name, precision, chains, block_chains, most_spilled):
+    chosen, compiled = compile_chain(spec_of("LEBM"), chip_name, precision, chains)
+    assert chosen[:2] == ("streamed", block_chains)
+    check_limits(compiled, "streamed", chip_name, most_spilled)
+
+
+@pytest.mark.parametrize("problem", ["HS", "LEBM"])
+def test_tf32_operands_are_rounded(problem):
+    """The tensor core would cut them."""
+    _, compiled = compile_chain(spec_of(problem), "sm_90", "tf32", 100)
+    added = set(re.findall(r"add\.s32 \s*(%r\d+), %r\d+, 4096;", compiled.text["ptx"]))
+    kept = set(re.findall(r"and\.b32 \s*%r\d+, (%r\d+), -8192;", compiled.text["ptx"]))
+    assert len(kept) >= 8  # of a thread, in one product
+    assert kept <= added
+
+
+def test_three_way_tf32_adds_in_float32():
+    """The halves of a sum start from zero each, and what adds them up is no tensor core."""
+    _, compiled = compile_chain(spec_of("HS"), "sm_90", "fp32", 100)
+    products = [line for line in compiled.text["ttgir"].splitlines() if re.search(r"maxNumImpreciseAcc = 1\b", line)]
+    assert len(products) >= 2 * 7  # of the eight products of HS the first has 16 features, no sum to halve
+    for line in products:
+        assert re.search(r"dot %\w+, %\w+, %cst\w*[ ,]", line), line
+
+
 def gradient_call(problem, chip, precision, chains):
     spec = spec_of(problem)
     z = torch.zeros(chains, spec.dim)
@@ -119,7 +200,18 @@ def gradient_call(problem, chip, precision, chains):
 def test_gradients_fit(problem, precision, chip_name):
     target, chip = CHIPS[chip_name]
     chosen, call = gradient_call(problem, chip, precision, 100)
-    check_limits(compile_call(call, target), chosen.regime, chip_name)
+    # outside a loop the compiler keeps rounded weights in registers rather than in shared memory
+    most_spilled = 32 if (chosen.regime, precision) == ("resident", "tf32") else None
+    check_limits(compile_call(call, target), chosen.regime, chip_name, most_spilled)
+
+
+@pytest.mark.parametrize("chip_name", CHIPS)
+def test_packing_fits(chip_name):
+    _, call = gradient_call("LEBM", CHIPS[chip_name][1], "fp32", 100)
+    (packing,) = call.before
+    compiled = compile_call(packing, CHIPS[chip_name][0])
+    assert compiled.spilled == 0
+    assert compiled.registers <= 128
 
 
 def spectral_call(problem, keep):

@@ -94,6 +94,45 @@ def test_a_streamed_chain_compiles_once_per_stride(compiled):
     assert compiled == ["mlp_langevin_chain"]
 
 
+def test_a_step_compiles_once_for_all_steps(compiled):
+    """A row of the coefficients is 12 bytes from the last one's, and noise stands anywhere."""
+    for chains in (100, 3):
+        z = torch.zeros(chains, 50)
+        for noise in (None, torch.zeros(6, chains, 50)):
+            update = Update(torch.zeros(6, 3), prior_precision=torch.ones(50), noise=noise, noise_key=3)
+            for step in range(6):
+                warm(launch.step_call(z, z, update.at_step(step), z))
+    assert compiled == ["langevin_step"] * 2
+
+
+def test_packing_compiles_once_for_all_widths(compiled):
+    for width in (300, 310, 500):
+        spec = MLPSpec((100, width, width, 1), ("gelu",) * 2, (0.0,) * 2)
+        shapes = list(zip(spec.widths[1:], spec.widths))
+        mlp = MLP(spec, tuple(torch.zeros(s) for s in shapes), tuple(torch.zeros(s[0]) for s in shapes))
+        z, energy = torch.zeros(7, 100), torch.zeros(7)
+        chosen = tiles.choose(spec, 7, "tf32x3", CHIP)
+        (packing,) = launch.energy_grad_call(z, mlp, energy, z, chosen, "tf32x3", CHIP).before
+        warm(packing)
+    assert compiled == ["pack_weights"]
+
+
+def test_nothing_is_compiled_during_a_capture(compiled, monkeypatch):
+    call = launch.noise_call(torch.zeros(6, 10, 50), 3, 0, 0, 0, groups=2)  # as no other test has it
+    monkeypatch.setattr(launch, "_is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="make the same call once before the capture"):
+        call.run()
+    spec = MLPSpec((100, 290, 290, 1), ("gelu",) * 2, (0.0,) * 2)
+    with pytest.raises(RuntimeError, match="make the same call once before the capture"):
+        launch._tables(spec, 64, torch.device("cpu"))
+    assert compiled == []
+    assert triton.knobs.runtime.jit_cache_hook is None
+    warm(call)
+    with launch._nothing_new():
+        warm(call)  # compiled already
+    assert compiled == ["langevin_noise"]
+
+
 def test_without_a_gpu_it_says_what_is_missing():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

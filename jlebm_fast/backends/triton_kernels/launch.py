@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from ...checks import in_memory
 from ...problem import MLP, ChainResult, MLPSpec, Update
-from . import noise, resident, spectral, streamed, update
+from . import noise, packing, resident, spectral, streamed, update
 from .records import NetPointers, RecordPointers, SpectralPointers, UpdatePointers, UpdateStrides
 from .tiles import Chip, Tiles, power_of_two
 
@@ -19,21 +21,60 @@ from .tiles import Chip, Tiles, power_of_two
 ELEMENTWISE_ROWS, ELEMENTWISE_GROUPS = 16, 16
 # of a weight that a program of `spectral_norms` holds at a time: 16 of each thread
 NORM_ELEMENTS = 4096
+# rows and columns of a weight that a program of `pack_weights` holds at a time: 16 elements of each thread
+PACKED_ROWS, PACKED_COLUMNS = 16, 128
 # of every kernel: the noise contract (noise.py)
 NO_FUSION = {"enable_fp_fusion": False}
 
 
 class Call(NamedTuple):
-    """A launch that has not happened yet; the tests compile the same for other chips."""
+    """A launch that has not happened yet, and those that it needs first; the tests compile the same for other chips."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
+    before: tuple[Call, ...] = ()
 
     def run(self) -> None:
-        self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+        for call in self.before:
+            call.run()
+        if _is_capturing():
+            with _nothing_new():
+                self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+        else:
+            self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+@contextlib.contextmanager
+def _nothing_new() -> Iterator[None]:
+    """Refuse what Triton would compile and load: a capture of a CUDA graph breaks on it. The hook is the process's, but
+    another thread that captures nothing may go on compiling."""
+    runtime = triton.knobs.runtime
+    before = runtime.jit_cache_hook
+
+    def refuse(*arguments: object, **options: object) -> object:
+        if _is_capturing():
+            _refuse()
+        return None if before is None else before(*arguments, **options)
+
+    runtime.jit_cache_hook = refuse
+    try:
+        yield
+    finally:
+        runtime.jit_cache_hook = before
+
+
+def _refuse() -> None:
+    raise RuntimeError(
+        "the first call of backend 'triton' for these shapes and arguments came while a CUDA graph was being captured, "
+        "which cannot hold the loading of a kernel; make the same call once before the capture"
+    )
 
 
 def signed(word: int) -> int:
@@ -62,7 +103,10 @@ def step_call(z: Tensor, grad: Tensor, change: Update, out: Tensor) -> Call:
     chains, dim = z.shape
     groups = min(ELEMENTWISE_GROUPS, power_of_two(dim) // 4)
     grid = (-(-chains // ELEMENTWISE_ROWS), -(-dim // (4 * groups)))
-    arguments = (z, grad, out, *_update_arguments(change), chains, dim)
+    pointers, *rest = _update_arguments(change)
+    coefficients, drawn = pointers.coefficients, pointers.noise
+    pointers = pointers._replace(coefficients=None, noise=None)
+    arguments = (z, grad, out, coefficients, drawn, pointers, *rest, chains, dim)
     return Call(update.langevin_step, grid, arguments, {"BLOCK_CHAINS": ELEMENTWISE_ROWS, "GROUPS": groups}, NO_FUSION)
 
 
@@ -128,11 +172,12 @@ def _mlp_call(
         return Call(getattr(resident, op), (blocks,), arguments, constants, options)
     side = max(tiles.block_out, tiles.block_in)
     layout = _layout(spec, side)
-    packed, packed_biases = _pack(mlp, layout, precision)
     layers, parameters = _tables(spec, side, tensors[0].device)
+    packed, packed_biases, packing_call = _packing(mlp, layout, layers, precision)
     # a program takes block after block; twice as many as processors, so that one waits while the other computes
     programs = min(blocks, 2 * chip.processors)
-    scratch = torch.empty(programs * (3 + spec.n_hidden) * tiles.block_chains * layout.stride, device=tensors[0].device)
+    elements = programs * (3 + spec.n_hidden) * tiles.block_chains * layout.stride
+    scratch = torch.empty(elements, dtype=torch.float32, device=tensors[0].device)
     constants = {
         "DIM": spec.dim,
         "N_HIDDEN": spec.n_hidden,
@@ -147,14 +192,15 @@ def _mlp_call(
         "STRIDE": layout.stride,
         "PADDED_LOGITS": power_of_two(spec.n_logits),
     }
-    # the weights of this net stand in the packed buffer
-    net = _net(mlp)._replace(weights=(), biases=())
+    # the weights of this net stand in the packed buffer, but for those of a single logit
+    net = _net(mlp)
+    net = net._replace(weights=net.weights[-1:] if spec.n_logits == 1 else (), biases=())
     arguments = (*tensors, scratch, net, packed, packed_biases, layers, parameters, spec.out_scale, *rest)
-    return Call(getattr(streamed, op), (programs,), arguments, constants, options)
+    return Call(getattr(streamed, op), (programs,), arguments, constants, options, (packing_call,))
 
 
 class _Layout(NamedTuple):
-    """Where streamed.py finds the weights: padded widths, first row of each layer, elements of a row."""
+    """Where streamed.py finds the weights: padded widths, first row of each layer, rows, elements of a row."""
 
     padded: tuple[int, ...]
     first_row: tuple[int, ...]
@@ -165,6 +211,8 @@ class _Layout(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _layout(spec: MLPSpec, side: int) -> _Layout:
     padded = tuple(-(-width // side) * side for width in spec.widths)
+    if spec.n_logits == 1:
+        padded = (*padded[:-1], 1)  # for its bias: its weights are no matrix
     ends = [sum(padded[1 : layer + 1]) for layer in range(len(padded))]
     return _Layout(padded, tuple(ends[:-1]), ends[-1], max(padded))
 
@@ -173,28 +221,28 @@ def _kinds(spec: MLPSpec) -> tuple[str, ...]:
     return tuple(dict.fromkeys(spec.activations))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # for good: captured graphs hold these addresses
 def _tables(spec: MLPSpec, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(layers, parameters) of streamed.py; they depend on the shape alone, so a captured graph finds them made."""
+    if _is_capturing():
+        _refuse()
     layout, kinds = _layout(spec, side), _kinds(spec)
     kind = [*(kinds.index(name) for name in spec.activations), 0]
-    rows = list(zip(layout.padded, layout.padded[1:], layout.first_row, kind))
+    rows = list(zip(layout.padded, layout.padded[1:], layout.first_row, kind, spec.widths, spec.widths[1:]))
     layers = torch.tensor(rows, dtype=torch.int64, device=device)
     return layers, torch.tensor(spec.activation_params, dtype=torch.float32, device=device)
 
 
-def _pack(mlp: MLP, layout: _Layout, precision: str) -> tuple[Tensor, Tensor]:
-    """All weights [n_rows, stride] and biases [n_rows], zeros around them; made anew at every call."""
-    like = mlp.weights[0]
-    packed = like.new_zeros(layout.n_rows, layout.stride, dtype=torch.bfloat16 if precision == "bf16" else None)
-    biases = like.new_zeros(layout.n_rows)
-    for weight, bias, first in zip(mlp.weights, mlp.biases, layout.first_row, strict=True):
-        rows, columns = weight.shape
-        rounded = weight.bfloat16() if precision == "bf16 emulated" else weight
-        packed[first : first + rows, :columns] = rounded
-        if bias is not None:
-            biases[first : first + rows] = bias
-    return packed, biases
+def _packing(mlp: MLP, layout: _Layout, layers: Tensor, precision: str) -> tuple[Tensor, Tensor, Call]:
+    """Buffers for all weights [n_rows, stride] and biases [n_rows], and the call that fills them, anew every time."""
+    net, device = _net(mlp), layers.device
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    packed = torch.empty((layout.n_rows, layout.stride), dtype=dtype, device=device)
+    biases = torch.empty(layout.n_rows, dtype=torch.float32, device=device)
+    constants = {"PRECISION": precision, "ROWS": PACKED_ROWS, "COLUMNS": PACKED_COLUMNS}
+    arguments = (packed, biases, net.weights, net.biases, layers, layout.stride)
+    grid = (-(-max(layout.padded[1:]) // PACKED_ROWS), len(net.weights))
+    return packed, biases, Call(packing.pack_weights, grid, arguments, constants, NO_FUSION)
 
 
 def _net(mlp: MLP) -> NetPointers:

@@ -18,11 +18,24 @@ import triton.language as tl
 from .activation import activate, many_logits_head, one_logit_head
 from .update import noise_of_step, step_coefficients, updated
 
+# features that one sum of three-way tf32 runs over
+MOST_INNER = tl.constexpr(32)
+
+
+@triton.jit
+def tf32(tile):
+    """float32 rounded to 10 bits of mantissa, halves away from zero; the tensor core by itself would cut."""
+    bits = tile.to(tl.int32, bitcast=True)
+    # the carry of a NaN's full mantissa would leave the exponent
+    return tl.where(tile == tile, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), tile)
+
 
 @triton.jit
 def operand(tile, PRECISION: tl.constexpr):
     """A tile as an operand of `product`."""
-    if PRECISION == "bf16":
+    if PRECISION == "tf32":
+        tile = tf32(tile)
+    elif PRECISION == "bf16":
         tile = tile.to(tl.bfloat16)
     elif PRECISION == "bf16 emulated":
         # the interpreter's tl.dot knows no bfloat16, and its conversion cuts: round the upper 16 bits to nearest even
@@ -32,12 +45,30 @@ def operand(tile, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def short_sums(weights, right):
+    """weights @ right by three-way tf32, each sum of the large parts in two: the tensor core cuts its sums off, by more
+    the longer they are, while the addition here rounds. Zeros in place of every other eight features halve a sum.
+    """
+    big, right_big = tf32(weights), tf32(right)
+    result = tl.dot(weights - big, right_big, input_precision="tf32", out_dtype=tl.float32)
+    result = tl.dot(big, right - right_big, result, input_precision="tf32", out_dtype=tl.float32)
+    first = (tl.arange(0, right.shape[0]) & 8)[:, None] == 0
+    # with 0 in place of this 1 the compiler would fold the additions into the tensor core's
+    for half in tl.static_range(2):
+        part = tl.where(first if half == 0 else first == 0, right_big, 0.0)
+        result += tl.dot(big, part, input_precision="tf32", max_num_imprecise_acc=1, out_dtype=tl.float32)
+    return result
+
+
+@triton.jit
 def product(weights, right, PRECISION: tl.constexpr):
     """weights @ right in float32 [features, chains] at the precision asked for; `weights` is an operand already."""
     if PRECISION == "bf16" or PRECISION == "bf16 emulated":
         result = tl.dot(weights, operand(right, PRECISION), out_dtype=tl.float32)
+    elif PRECISION == "tf32x3" and right.shape[0] > MOST_INNER:
+        result = short_sums(weights, right)
     else:
-        result = tl.dot(weights, right, input_precision=PRECISION, out_dtype=tl.float32)
+        result = tl.dot(weights, operand(right, PRECISION), input_precision=PRECISION, out_dtype=tl.float32)
     return result
 
 
@@ -196,8 +227,10 @@ def mlp_langevin_chain(
         energy, grad = energy_and_grad(
             z, tiles, net, out_scale, chain, is_chain, WIDTHS, PADDED, ACTIVATIONS, PARAMETERS, HEAD, PRECISION
         )
-        eps = noise_of_step(update, words, step, chain, 0, at, inside, n_chains, WIDTHS[0], PADDED[0] // 4)
-        coefficients = step_coefficients(update, step, chain, is_chain)
+        eps = noise_of_step(
+            update.noise, update.key, words, step, chain, 0, at, inside, n_chains, WIDTHS[0], PADDED[0] // 4
+        )
+        coefficients = step_coefficients(update.coefficients, update.chain_coefficients, step, chain, is_chain)
         moved = updated(z, grad, eps, coefficients, update, strides, chain, d, at, inside)
         if record.first_bad_step is not None:
             bad = tl.max(tl.where(tl.abs(moved) < float("inf"), 0, 1), axis=0)

@@ -5,10 +5,12 @@
 
 One program owns BLOCK_CHAINS chains for all steps, block after block of chains if there are more blocks than programs.
 Layers are a loop at run time, so one compiled kernel serves every depth, and width is a loop over tiles of BLOCK_OUT
-outputs and BLOCK_IN inputs. The weights come packed (launch.py): row r of layer l in row first_row(l) + r of a
-[rows, STRIDE] buffer, widths padded with zeros to whole tiles, so that no product needs a mask.
+outputs and BLOCK_IN inputs. The weights come packed (packing.py): row r of layer l in row first_row(l) + r of a
+[rows, STRIDE] buffer, widths padded with zeros to whole tiles, so that no product needs a mask. The weights of a single
+logit are no matrix: they come as they are, in float32, and are summed up and spread out without a product.
 
-    layers   int64 [L + 1, 4]: padded inputs, padded outputs, first row, index of the activation in KINDS
+    layers   int64 [L + 1, 6]: padded inputs, padded outputs, first row, index of the activation in KINDS, inputs,
+             outputs
     scratch  float32 [programs, 3 + L, BLOCK_CHAINS, STRIDE]: z, two buffers for h and delta, phi' of each layer
 
 A stage ends with a barrier where the next one reads what other threads of the program wrote.
@@ -79,10 +81,12 @@ def energy_and_grad(
     BUFFER: tl.constexpr = BLOCK_CHAINS * STRIDE
     rows = tl.arange(0, BLOCK_OUT)[:, None]
     columns = tl.arange(0, BLOCK_CHAINS)[None, :] * STRIDE
-    for layer in range(N_HIDDEN + 1):
-        n_in = tl.load(layers + layer * 4)
-        n_out = tl.load(layers + layer * 4 + 1)
-        first_row = tl.load(layers + layer * 4 + 2)
+    # layers whose product is one of matrices
+    N_LAYERS: tl.constexpr = N_HIDDEN if N_LOGITS == 1 else N_HIDDEN + 1
+    for layer in range(N_LAYERS):
+        n_in = tl.load(layers + layer * 6)
+        n_out = tl.load(layers + layer * 6 + 1)
+        first_row = tl.load(layers + layer * 6 + 2)
         source = scratch + tl.where(layer == 0, 0, 2 - layer % 2) * BUFFER
         target = scratch + (1 + layer % 2) * BUFFER
         for first in range(0, n_out.to(tl.int32), BLOCK_OUT):
@@ -104,7 +108,7 @@ def energy_and_grad(
                     inside = is_chain[None, :] & (first + rows < WIDTH_1)
                     h += tl.load(net.context + (chain[None, :] * WIDTH_1 + first + rows), mask=inside, other=0.0)
             if layer < N_HIDDEN:
-                kind = tl.load(layers + layer * 4 + 3)
+                kind = tl.load(layers + layer * 6 + 3)
                 parameter = tl.load(parameters + layer)
                 a = h
                 h, slope = activate(a, tl.constexpr(KINDS[0]), parameter)
@@ -115,29 +119,42 @@ def energy_and_grad(
             tl.store(target + (first + rows + columns), h)
         tl.debug_barrier()
 
-    logit_rows = tl.arange(0, PADDED_LOGITS)[:, None]
-    at = (1 + N_HIDDEN % 2) * BUFFER + logit_rows + columns
-    is_logit = (logit_rows < N_LOGITS) & (columns >= 0)
-    logits = tl.load(scratch + at, mask=is_logit, other=0.0)
     if N_LOGITS == 1:
-        energy, slope = one_logit_head(tl.sum(logits, axis=0), HEAD)
-        slopes = tl.where(is_logit, (slope * out_scale)[None, :], 0.0)
+        last = scratch + (2 - N_HIDDEN % 2) * BUFFER
+        width = tl.load(layers + N_HIDDEN * 6 + 4)
+        padded = tl.load(layers + N_HIDDEN * 6).to(tl.int32)
+        logit = tl.load(packed_biases + tl.load(layers + N_HIDDEN * 6 + 2)) + tl.zeros((BLOCK_CHAINS,), tl.float32)
+        for first in range(0, padded, BLOCK_OUT):
+            weight = tl.load(net.weights[0] + first + rows, mask=first + rows < width, other=0.0)
+            logit += tl.sum(weight * tl.load(last + (first + rows + columns)), axis=0)
+        energy, slope = one_logit_head(logit, HEAD)
+        tl.debug_barrier()
+        for first in range(0, padded, BLOCK_OUT):
+            weight = tl.load(net.weights[0] + first + rows, mask=first + rows < width, other=0.0)
+            delta = tl.load(scratch + ((2 + N_HIDDEN) * BUFFER + first + rows + columns))
+            delta *= weight * (slope * out_scale)[None, :]
+            tl.store(last + (first + rows + columns), delta)
+        tl.debug_barrier()
     else:
+        logit_rows = tl.arange(0, PADDED_LOGITS)[:, None]
+        at = (1 + N_HIDDEN % 2) * BUFFER + logit_rows + columns
+        is_logit = (logit_rows < N_LOGITS) & (columns >= 0)
+        logits = tl.load(scratch + at, mask=is_logit, other=0.0)
         if HEAD == "logit":
             chosen = tl.load(net.logit + chain, mask=is_chain, other=0)
         else:
             chosen = chain
         energy, slopes = many_logits_head(logits, chosen, HEAD, N_LOGITS)
         slopes *= out_scale
-    tl.debug_barrier()
-    tl.store(scratch + at, slopes, mask=is_logit)
-    tl.debug_barrier()
+        tl.debug_barrier()
+        tl.store(scratch + at, slopes, mask=is_logit)
+        tl.debug_barrier()
 
-    for i in range(N_HIDDEN + 1):
+    for i in range(N_HIDDEN + 1 - N_LAYERS, N_HIDDEN + 1):
         layer = N_HIDDEN - i
-        n_in = tl.load(layers + layer * 4)
-        n_out = tl.load(layers + layer * 4 + 1)
-        first_row = tl.load(layers + layer * 4 + 2)
+        n_in = tl.load(layers + layer * 6)
+        n_out = tl.load(layers + layer * 6 + 1)
+        first_row = tl.load(layers + layer * 6 + 2)
         source = scratch + (1 + (N_HIDDEN + i) % 2) * BUFFER
         target = scratch + (2 - (N_HIDDEN + i) % 2) * BUFFER
         for first in range(0, n_in.to(tl.int32), BLOCK_OUT):
@@ -326,7 +343,7 @@ def mlp_langevin_chain(
                 PADDED_LOGITS,
             )
             kept = tl.full((), (k + 1) // thin - 1, tl.int64)
-            coefficients = step_coefficients(update, step, chain, is_chain)
+            coefficients = step_coefficients(update.coefficients, update.chain_coefficients, step, chain, is_chain)
             bad = tl.zeros((BLOCK_CHAINS,), tl.int32)
             grad_square = tl.zeros((BLOCK_CHAINS,), tl.float32)
             length_square = tl.zeros((BLOCK_CHAINS,), tl.float32)
@@ -337,7 +354,19 @@ def mlp_langevin_chain(
                 in_scratch = d[:, None] + columns
                 z = tl.load(scratch + in_scratch)
                 grad = tl.load(scratch + (2 * BLOCK_CHAINS * STRIDE + in_scratch))
-                eps = noise_of_step(update, words, step, chain, first // 4, at, inside, n_chains, DIM, BLOCK_OUT // 4)
+                eps = noise_of_step(
+                    update.noise,
+                    update.key,
+                    words,
+                    step,
+                    chain,
+                    first // 4,
+                    at,
+                    inside,
+                    n_chains,
+                    DIM,
+                    BLOCK_OUT // 4,
+                )
                 moved = updated(z, grad, eps, coefficients, update, strides, chain, d, at, inside)
                 tl.store(scratch + in_scratch, moved)
                 if record.first_bad_step is not None:

@@ -15,14 +15,14 @@ from .noise import key_words, normals
 
 
 @triton.jit
-def step_coefficients(update, step, chain, is_chain):
+def step_coefficients(coefficients, of_chains, step, chain, is_chain):
     """(c_grad, c_prior, c_noise) of a step as rows [1, chains], times the chain's factors where there are any."""
-    of_step = update.coefficients + step * 3
+    of_step = coefficients + step * 3
     c_grad = tl.full((1, chain.shape[0]), tl.load(of_step), tl.float32)
     c_prior = tl.full((1, chain.shape[0]), tl.load(of_step + 1), tl.float32)
     c_noise = tl.full((1, chain.shape[0]), tl.load(of_step + 2), tl.float32)
-    if update.chain_coefficients is not None:
-        factors = update.chain_coefficients + chain * 3
+    if of_chains is not None:
+        factors = of_chains + chain * 3
         c_grad *= tl.load(factors, mask=is_chain, other=0.0)[None, :]
         c_prior *= tl.load(factors + 1, mask=is_chain, other=0.0)[None, :]
         c_noise *= tl.load(factors + 2, mask=is_chain, other=0.0)[None, :]
@@ -30,12 +30,12 @@ def step_coefficients(update, step, chain, is_chain):
 
 
 @triton.jit
-def noise_of_step(update, words, step, chain, first_group, at, inside, chains, dim, GROUPS: tl.constexpr):
+def noise_of_step(noise, key, words, step, chain, first_group, at, inside, chains, dim, GROUPS: tl.constexpr):
     """eps [4 GROUPS, chains] of step number `step` of this call: given, or drawn in place. at = chain dim + d."""
-    if update.noise is not None:
-        eps = tl.load(update.noise + (step * chains * dim + at), mask=inside, other=0.0)
+    if noise is not None:
+        eps = tl.load(noise + (step * chains * dim + at), mask=inside, other=0.0)
     else:
-        low, high = key_words(update.key, words[0], words[1])
+        low, high = key_words(key, words[0], words[1])
         steps = tl.zeros((chain.shape[0],), tl.uint32) + (step + words[2]).to(tl.uint32)
         eps = normals(first_group, (chain + words[3]).to(tl.uint32), steps, 0, low, high, GROUPS)
     return eps
@@ -64,12 +64,20 @@ def updated(z, grad, eps, coefficients, update, strides, chain, d, at, inside):
     return tl.where(inside, moved, 0.0)
 
 
-@triton.jit(do_not_specialize=["key_low", "key_high", "first_step", "first_chain", "chains", "dim"])
+# A step's row of the coefficients is 12 bytes from the last one's, its noise any number: were their alignment part of
+# what a kernel is compiled for, the second step of a chain would compile again. So they are no part of `update`: what
+# stands in a tuple is always looked at. No access gets wider by it, `dim` is not known.
+@triton.jit(
+    do_not_specialize=["key_low", "key_high", "first_step", "first_chain", "chains", "dim"],
+    do_not_specialize_on_alignment=["coefficients", "noise"],
+)
 def langevin_step(
     z_ptr,  # float32 [chains, dim]
     grad_ptr,  # float32 [chains, dim]
     out_ptr,  # float32 [chains, dim]
-    update,
+    coefficients,  # float32 [1, 3]
+    noise,  # float32 [1, chains, dim] or None
+    update,  # without these two
     strides,
     key_low,
     key_high,
@@ -88,9 +96,9 @@ def langevin_step(
     at = chain[None, :] * dim + d[:, None]
     step = tl.zeros((), tl.int64)
     words = (key_low, key_high, first_step, first_chain)
-    eps = noise_of_step(update, words, step, chain, first_group, at, inside, chains, dim, GROUPS)
-    coefficients = step_coefficients(update, step, chain, is_chain)
+    eps = noise_of_step(noise, update.key, words, step, chain, first_group, at, inside, chains, dim, GROUPS)
+    factors = step_coefficients(coefficients, update.chain_coefficients, step, chain, is_chain)
     z = tl.load(z_ptr + at, mask=inside, other=0.0)
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
-    moved = updated(z, grad, eps, coefficients, update, strides, chain, d, at, inside)
+    moved = updated(z, grad, eps, factors, update, strides, chain, d, at, inside)
     tl.store(out_ptr + at, moved, mask=inside)

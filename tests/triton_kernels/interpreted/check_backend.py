@@ -87,3 +87,51 @@ def test_overrides(monkeypatch):
 def test_wrong_overrides(fields):
     with pytest.raises(ValueError, match="tile override"), tiles.override(**fields):
         pass
+
+
+def test_an_override_with_more_threads_than_elements_is_refused():
+    spec = MLPSpec((4, 5, 1), ("relu",), (0.0,))
+    for kind, warps in (("cuda", 16), ("hip", 8)):
+        chip = tiles.Chip(kind, 9, 65536, 132)
+        small = {"regime": "streamed", "block_chains": 16, "block_out": 16}
+        with tiles.override(**small, num_warps=warps), pytest.raises(ValueError, match=r"512 threads, got 16 \* 16"):
+            tiles.choose(spec, 100, "bf16", chip)
+        with tiles.override(**small, num_warps=warps // 2):
+            assert tiles.choose(spec, 100, "bf16", chip).num_warps == warps // 2
+
+
+def test_what_was_measured_goes_before_the_estimate(monkeypatch):
+    spec = MLPSpec((100, 200, 200, 1), ("gelu",) * 2, (0.0,) * 2)
+    chip = tiles.Chip("cuda", 9, 232448, 132)
+    row = ("streamed", 16, 4, 64, 64, 4)
+    before = tiles.choose(spec, 100, "tf32x3", chip)
+    assert before != row
+    monkeypatch.setitem(tiles.MEASURED, tiles.shape_class(spec.widths, 100, "tf32x3", chip), row)
+    tiles._choose.cache_clear()
+    try:
+        assert tiles.choose(spec, 100, "tf32x3", chip) == row
+        near = MLPSpec((90, 210, 180, 1), ("gelu",) * 2, (0.0,) * 2)
+        assert tiles.choose(near, 1, "tf32x3", chip) == row
+        # a chip, precision, number of chains or operation that was not measured
+        assert tiles.choose(spec, 100, "tf32x3", chip._replace(capability=8)) != row
+        assert tiles.choose(spec, 100, "tf32", chip) != row
+        assert tiles.choose(spec, 10_000, "tf32x3", chip) != row
+        assert tiles.choose(spec, 100, "tf32x3", chip, op="mlp_energy_grad") != row
+        with tiles.override(num_stages=2):
+            assert tiles.choose(spec, 100, "tf32x3", chip) == (*row[:5], 2)
+        with tiles.override(regime="resident"):
+            assert tiles.choose(spec, 100, "tf32x3", chip).num_stages == 1
+    finally:
+        tiles._choose.cache_clear()
+
+
+def test_measured_rows_are_tiles():
+    for key, row in tiles.MEASURED.items():
+        kind, capability, products, padded, how_many = key
+        assert kind in ("cuda", "hip")
+        assert isinstance(capability, int)
+        assert products in tiles.BYTES
+        assert all(width >= 16 for width in padded[:-1])
+        assert how_many in ("few", "some", "many")
+        with tiles.override(**tiles.Tiles(*row)._asdict()):
+            pass
