@@ -201,17 +201,17 @@ double estimate(const MlpNeeds& needs, const MlpPlan& plan, int multiprocessors)
     return double(rounds) * std::max(wait, plan.groups * work);
 }
 
-// a bit for each of the n layers whose weights are the largest: those that the most traffic is spared for
-uint32_t largest_layers(const MlpParams& mlp, int n) {
+// a bit for each of the n layers whose weights are the largest, or the smallest
+uint32_t layers_by_size(const MlpParams& mlp, int n, bool largest) {
     uint32_t chosen = 0;
     for (; n > 0; --n) {
-        int largest = -1;
-        int64_t most = -1;
+        int next = -1;
+        int64_t best = 0;
         for (int l = 0; l <= mlp.n_hidden; ++l) {
             const int64_t size = int64_t(mlp.widths[l]) * mlp.widths[l + 1];
-            if (!(chosen >> l & 1) && size > most) largest = l, most = size;
+            if (!(chosen >> l & 1) && (next < 0 || (largest ? size > best : size < best))) next = l, best = size;
         }
-        chosen |= 1u << largest;
+        chosen |= 1u << next;
     }
     return chosen;
 }
@@ -251,6 +251,7 @@ public:
 
     void clusters() {
         if (!launch_.clusters || !needs_.update || needs_.mlp->n_hidden == 0) return;
+        if (found && best.resident()) return; // nothing is streamed that a cluster could share
         for (const int cluster : {2, 4, kMaxClusterBlocks})
             for (const int chain_tiles : {1, 2, 4})
                 for (const int warps : {1, 2, 4, 8})
@@ -260,7 +261,9 @@ public:
                         p.chain_tiles = chain_tiles, p.warps = warps, p.z_in_shared = z_in_shared;
                         // more warps than tiles, or blocks, only wait
                         if (p.warps_per_group() / 2 >= most_tiles_ || cluster > most_tiles_) continue;
-                        offer_layers(p, 0, needs_.mlp->n_hidden + 1);
+                        // where not all fit, the smaller ones may
+                        if (!offer_layers(p, 0, needs_.mlp->n_hidden + 1))
+                            offer_layers(p, 1, needs_.mlp->n_hidden, false);
                     }
     }
 
@@ -289,15 +292,18 @@ private:
         return true;
     }
 
-    void offer_layers(MlpPlan& p, int least, int most) {
+    // with the weights of the n largest layers in shared memory, the most traffic spared, or of the smallest: n from
+    // `least` on, up to `most` or until they do not fit; false if these did not
+    bool offer_layers(MlpPlan& p, int least, int most, bool largest = true) {
         for (int n_resident = least; n_resident <= most; ++n_resident) {
-            p.resident_layers = largest_layers(*needs_.mlp, n_resident);
+            p.resident_layers = layers_by_size(*needs_.mlp, n_resident, largest);
             // z in the output's memory costs a little; resident before streamed at the same estimate
             const auto estimated = [&](const MlpPlan& plan) {
                 return estimate(needs_, plan, multiprocessors_) * (plan.z_in_shared ? 1.0 : 1.02);
             };
-            if (!offer(p, lay_out(needs_, &p), estimated)) return;
+            if (!offer(p, lay_out(needs_, &p), estimated)) return false;
         }
+        return true;
     }
 
     const MlpNeeds& needs_;
