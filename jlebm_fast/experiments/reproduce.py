@@ -129,15 +129,16 @@ def _read(request: Request) -> tuple[Images, bool]:
             return images, True
     images = load_images(request.data)
     images.require_classes()
-    missing = [digit for digit in request.settings.digits if not (images.held_out_labels == digit).any()]
-    if missing and "anomaly" in request.parts:
-        raise ImageError(f'"{request.data}" has no held-out images of class {missing[0]}; the anomaly table needs them')
     _require_enough(request, images)
     return images, False
 
 
 def _require_enough(request: Request, images: Images) -> None:
-    """A batch of training images for every cell, told before the classifier is trained."""
+    """A batch of training images for every cell, and images of every class that is to be told from the others; said
+    before the classifier is trained."""
+    missing = [digit for digit in request.settings.digits if not (images.held_out_labels == digit).any()]
+    if missing and "anomaly" in request.parts:
+        raise ImageError(f'"{request.data}" has no held-out images of class {missing[0]}; the anomaly table needs them')
     batch = request.settings.batch_size
     for digit in (None, *(request.settings.digits if "anomaly" in request.parts else ())):
         found = len(without(images, digit).train)

@@ -167,7 +167,7 @@ def anomaly_table(results: Results) -> Table:
         rows.append([name, *(f"{paper[digit]:.3f}" if digit in paper else "" for digit in digits)])
     return Table(
         "Anomaly detection: AUPRC of the digit that was not trained on", rows,
-        ["Scores at the encoded z, on the 10,000 test images; the first seed. −log p(x, z) is for the most part the "
+        ["Scores at the encoded z, on the held-out images; the first seed. −log p(x, z) is for the most part the "
          "squared error of the reconstruction."],
     )  # fmt: skip
 

@@ -68,7 +68,7 @@ class Autoencoder(LatentModel):
         pieces = []
         for number, pixels in enumerate(batch.training_set.split(500)):
             images = pixels.to(self.device).float().div(127.5).sub(1.0)
-            noise = step.normal(f"training set {number}", len(images), self.latent_dims, self.device)
+            noise = step.normal_of_every_rank(f"training set {number}", len(images), self.latent_dims, self.device)
             pieces.append(torch.cat(self.posterior_sample(images, noise), dim=1))
         return torch.cat(pieces)
 

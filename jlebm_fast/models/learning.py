@@ -70,8 +70,19 @@ class LearningStep:
 
     def normal(self, purpose: str, n: int, dims: Sequence[int], device: torch.device | str = "cpu") -> list[Tensor]:
         """Standard normals for the n rows of this rank: one [n, d] per entry of `dims`."""
+        return self._normal(purpose, n, dims, device, self.first_row)
+
+    def normal_of_every_rank(
+        self, purpose: str, n: int, dims: Sequence[int], device: torch.device | str = "cpu"
+    ) -> list[Tensor]:
+        """The same for n rows that are not shared out among the ranks: each has the same."""
+        return self._normal(purpose, n, dims, device, 0)
+
+    def _normal(
+        self, purpose: str, n: int, dims: Sequence[int], device: torch.device | str, first_row: int
+    ) -> list[Tensor]:
         noise = langevin_noise(
-            self.noise_key(purpose), 1, n, sum(dims), first_chain=self.first_row, stream=INITIAL_Z, device=device
+            self.noise_key(purpose), 1, n, sum(dims), first_chain=first_row, stream=INITIAL_Z, device=device
         )
         return list(noise[0].split(tuple(dims), dim=1))
 

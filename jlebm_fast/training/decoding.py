@@ -54,6 +54,7 @@ def decode_images(encoded: Sequence[tuple[str, Any]], image_size: int | None) ->
     if image_size is not None and (image_size < 8 or image_size > 256 or image_size & (image_size - 1)):
         raise ImageError(f"--image-size must be 8, 16, 32, 64, 128 or 256, got {image_size}")
     fitted, first_size, any_colour, sizes = [], None, False, set()
+    all_numbers, largest = True, 0
     for origin, content in progress_bar(encoded, desc="reading images", unit="image", delay=2, leave=False):
         image = _open(origin, content)
         if first_size is None:
@@ -64,10 +65,17 @@ def decode_images(encoded: Sequence[tuple[str, Any]], image_size: int | None) ->
                 f"images differ in size: {a[0]}x{a[1]} in {first_origin}, {b[0]}x{b[1]} in {origin}; "
                 "pass --image-size to bring them to one"
             )
+        all_numbers = all_numbers and isinstance(content, list | np.ndarray)
+        if all_numbers:
+            largest = max(largest, int(np.asarray(image).max()))
         sizes.add(image.size)
         size = image_size or _automatic_size(first_size)
         any_colour = any_colour or image.mode == "RGB"
         fitted.append(np.asarray(_fit(image, size)))
+    if all_numbers and largest == 1:
+        raise ImageError(
+            "all pixels are 0 or 1, which of 0 to 255 is black and nearly black: multiply them by 255, or give booleans"
+        )
     if any_colour:
         fitted = [np.repeat(p[:, :, None], 3, axis=2) if p.ndim == 2 else p for p in fitted]
         pixels = np.ascontiguousarray(np.stack(fitted).transpose(0, 3, 1, 2))
@@ -141,10 +149,11 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _pixels(origin: str, content: Any) -> np.ndarray:
-    """Pixel values that a table holds as numbers, as uint8 [height, width] or [height, width, 3]."""
+    """Pixel values that a table holds as numbers, or black and white as booleans, as uint8 [height, width] or
+    [height, width, 3]."""
     try:
         pixels = np.asarray(content)
-        numbers = pixels.astype(np.float64)
+        numbers = pixels.astype(np.float64) * (255 if pixels.dtype == bool else 1)
     except (ValueError, TypeError) as error:  # rows of different lengths, or words
         raise ImageError(f"{origin} is no rectangle of numbers") from error
     if pixels.ndim not in (2, 3) or pixels.size == 0 or (pixels.ndim == 3 and pixels.shape[2] != 3):

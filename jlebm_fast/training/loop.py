@@ -226,7 +226,7 @@ def _run(trainer: Trainer, metrics: Any, stop_requested: list[int]) -> None:
             if error.errno is None:  # not the system's: a TimeoutError that somebody raised
                 raise
             kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint could be written yet"
-            then = f"then jlebm train {folder.path} --resume goes on" if saved else "then begin again"
+            then = f"then jlebm train {folder.path} --resume {'goes on' if saved else 'begins'}"
             raise RunError(
                 f'training ended at step {trainer.step}, "{folder.path}" cannot be written to: {error.strerror}; '
                 f"{kept}: make room, {then}"

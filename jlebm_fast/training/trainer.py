@@ -12,7 +12,7 @@ from torch import Tensor
 from jlebm_fast.models import Batch, LearningStep, NonFiniteLoss
 
 from ..errors import CheckpointError, RunError
-from .averaging import ParameterAverage
+from .averaging import ParameterAverage, put_parameters
 from .chains import PersistentChains
 from .checkpoints import load_checkpoint
 from .distributed import Ranks
@@ -184,6 +184,9 @@ class Trainer:
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
         self.step += 1
+        if self.average is not None and self.step in self.stage_ends[:-1]:
+            # a second stage learns of what the first one's average makes of images, as what is sampled later does
+            put_parameters(dict(self.model.named_parameters()), self.average.values)
         return values
 
     def metrics_line(self, steps_per_second: float) -> bytes:

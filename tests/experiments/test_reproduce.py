@@ -26,11 +26,12 @@ from jlebm_fast.experiments.measures import Subject, anomaly, class_score, train
 from jlebm_fast.experiments.reproduce import Request, _images, reproduce, time_estimate
 from jlebm_fast.experiments.settings import FULL, PARTS, QUICK, Settings
 from jlebm_fast.experiments.tables import Results, all_tables, claims
-from jlebm_fast.experiments.work import Place, StopRequested, run_cell, train_cell, without
+from jlebm_fast.experiments.work import Place, StopRequested, run_cell, save_images, train_cell, without
 from jlebm_fast.models import MODELS
 from jlebm_fast.training import figures
 from jlebm_fast.training.checkpoints import load_checkpoint
 from jlebm_fast.training.inception import inception_fid
+from jlebm_fast.training.sources import load_images
 from jlebm_fast.training.trainer import Trainer
 
 SMALL = Settings(
@@ -402,3 +403,15 @@ def test_wrong_input_is_one_sentence(tmp_path, data, capsys, monkeypatch, argume
     assert said[0].startswith("jlebm: ")
     assert words in said[0]
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_class_that_the_kept_images_lack_is_missed_too(tmp_path, data, capsys, monkeypatch):
+    """Other parts have kept the folder's images; the anomaly table, asked for later, needs what they lack."""
+    from jlebm_fast.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("out").mkdir()
+    save_images(pathlib.Path("out/images.npz"), load_images(data))
+    assert main(["reproduce", "mnist", "--out", "out", "--data", data, "--parts", "anomaly"]) in (1, 2)
+    assert "has no held-out images of class 4" in capsys.readouterr().err
+    assert not pathlib.Path("out/report.html").exists()

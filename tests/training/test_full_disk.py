@@ -52,7 +52,11 @@ def test_no_room_for_the_first_checkpoint(jlebm, folder_of_shapes, tmp_path):
     with full_beyond(2000):
         ended = jlebm("train", tmp_path / "run", "--data", folder_of_shapes, "--steps", 4, *SMALL)
     assert ended.returncode == 1
-    assert "no checkpoint could be written yet: make room" in ended.stderr
+    assert (
+        f"no checkpoint could be written yet: make room, then jlebm train {tmp_path / 'run'} --resume" in ended.stderr
+    )
+    begun = jlebm("train", tmp_path / "run", "--resume", "--no-figures")
+    assert begun.returncode == 0, begun.stderr
 
 
 def test_samples_that_were_there_stay(jlebm, run):

@@ -71,6 +71,17 @@ def test_a_run_that_averages_samples_from_the_average(options, tmp_path):
     assert any(not torch.equal(state["model"][name], value) for name, value in state["average"].items())
 
 
+def test_a_second_stage_learns_of_the_average(options, tmp_path):
+    """What it has seen of images is what the averaged encoder makes of them, and what is sampled is decoded by the
+    averaged generator. This second stage has no parameters: all of them are the average's."""
+    changes = {"energy_hidden": TrainOptions.energy_hidden, "chain_steps": TrainOptions.chain_steps}
+    changes |= {"model": "rae", "prior": "gmm", "mixture_components": 2}
+    run = train(tmp_path / "run", options(ema_decay=0.95, **changes))
+    state = load_checkpoint(run.checkpoint)
+    for name, value in state["average"].items():
+        torch.testing.assert_close(state["model"][name], value, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("decay", [0.3, 0.999])
 def test_the_average_forgets_the_random_start(options, tmp_path, monkeypatch, decay):
     """Against the recursion a_t = d_t a_{t-1} + (1 - d_t) θ_t in float64, d_t = min(decay, (1 + t) / (10 + t))."""

@@ -198,3 +198,22 @@ def test_pixels_given_as_numbers(tmp_path, value, words):
 
     with pytest.raises(ImageError, match=words):
         load_images(str(path))
+
+
+@pytest.mark.parametrize("kind", [bool, int])
+def test_black_and_white_given_as_numbers(tmp_path, kind):
+    """Booleans are black and white; the numbers 0 and 1, of which no image has another, are not taken for shades."""
+    import pyarrow
+    import pyarrow.parquet
+
+    from jlebm_fast.errors import ImageError
+    from jlebm_fast.training.sources import load_images
+
+    tables = np.random.default_rng(0).random((12, 16, 16)) > 0.5
+    path = tmp_path / "binarised.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"image": tables.astype(kind).tolist(), "label": [0] * 12}), path)
+    if kind is bool:
+        assert load_images(str(path)).train.unique().tolist() == [0, 255]
+    else:
+        with pytest.raises(ImageError, match=r"all pixels are 0 or 1.*multiply them by 255, or give booleans"):
+            load_images(str(path))
