@@ -8,6 +8,7 @@ from typing import Literal
 from jlebm_fast.models import MODELS, LearningRates, ModelConfig, resolve_prior, used_fields
 
 from ..errors import RunError
+from ..models.ladder import MAX_CHANNELS
 
 # Options that may change when a run goes on: they move its end, what it writes when, or where it reads and computes.
 # That --data leads to the same images is seen from their fingerprint. Another device has other roundings.
@@ -149,6 +150,7 @@ class TrainOptions:
         positive = ("steps", "batch_size", "width", "energy_hidden", "energy_depth", "chain_steps", "posterior_steps")
         for name in (*positive, "conditional_hidden", "mixture_components"):
             self._require(name, "a positive integer", getattr(self, name) >= 1)
+        self._require("width", f"at most {MAX_CHANNELS}, which no feature map goes beyond", self.width <= MAX_CHANNELS)
         for name in ("nce_stages", "stage_steps"):
             self._require(name, "a positive integer, or 0 for the default", getattr(self, name) >= 0)
         for name in ("log_every", "checkpoint_every"):
@@ -156,12 +158,12 @@ class TrainOptions:
         for name in (
             "autoencoder_lr",
             "energy_lr",
-            "lr_decay",
             "step_size",
             "reconstruction_weight",
             "posterior_step_size",
         ):
             self._require(name, "positive and finite", 0 < getattr(self, name) < float("inf"))
+        self._require("lr_decay", "in (0, 1], a factor per epoch", 0 < self.lr_decay <= 1)
         self._require(
             "energy_weight_decay", "between 0 and 1 / --energy-lr", 0 <= self.energy_weight_decay * self.energy_lr <= 1
         )

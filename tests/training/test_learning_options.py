@@ -207,6 +207,8 @@ def test_the_advice_names_what_can_be_the_cause(folder_of_shapes, tmp_path, monk
     ("changes", "words"),
     [
         ({"ema_decay": 1.0}, r"--ema-decay must be in \[0, 1\), got 1.0"),
+        ({"width": 513}, "--width must be at most 512, which no feature map goes beyond, got 513"),
+        ({"lr_schedule": "epoch", "lr_decay": 1.5}, r"--lr-decay must be in \(0, 1\], a factor per epoch, got 1.5"),
         ({"clip_norm": -1.0}, "--clip-norm must be positive and finite, or 0 for none, got -1.0"),
         ({"clip_norm": float("nan")}, "--clip-norm must be"),
         ({"refresh_fraction": 1.5}, r"--refresh-fraction must be in \[0, 1\], got 1.5"),
