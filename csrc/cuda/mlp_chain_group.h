@@ -197,15 +197,14 @@ private:
         store_z(item, z);
         if (trajectory) write_rows(trajectory, chain, quad, z);
         if (!diagnostics) return;
-        // in the quadruple's own rows of the gradient, which nobody else reads; of a cluster, in those of its first
-        // block
-        if (kInCluster && rank_ > 0) {
-            if constexpr (kInCluster) {
+        // in the quadruple's own rows of the gradient, which nobody else reads; a cluster's in those of its rank 0
+        if constexpr (kInCluster) {
+            if (rank_ > 0) {
                 this->exchange_.send_to(0, grad, sums.grad2);
                 this->exchange_.send_to(0, grad + kTileChains, sums.move2);
                 this->exchange_.send_to(0, grad + 2 * kTileChains, sums.bad);
+                return;
             }
-            return;
         }
         grad[0] = sums.grad2, grad[kTileChains] = sums.move2, grad[2 * kTileChains] = sums.bad;
     }
