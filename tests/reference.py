@@ -60,11 +60,11 @@ def plain_update(n_steps, dim, **changes) -> Update:
     return Update(steps(n_steps), prior_precision=torch.ones(dim), noise_key=99)._replace(**changes)
 
 
-def assert_accurate(ours, plain, exact, what=""):
-    """The accuracy rule; NaN fails."""
+def assert_accurate(ours, plain, exact, what="", times=2):
+    """The accuracy rule, with another factor than 2 where a comment there says why; NaN fails."""
     assert ours.shape == exact.shape, what
     if exact.numel() == 0:
         return
     error = (ours.double().cpu() - exact).abs().max().item()
-    allowed = 2 * (plain.double() - exact).abs().max().item() + 1e-6 * max(1.0, exact.abs().max().item())
+    allowed = times * (plain.double() - exact).abs().max().item() + 1e-6 * max(1.0, exact.abs().max().item())
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"

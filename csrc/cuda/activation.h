@@ -102,7 +102,8 @@ JLEBM_DEVICE ValueSlope gelu_tanh_slope(float a) {
     // from 6.5 on 1 - tanh^2 is nothing but the residue 4 exp(-30)
     const float c = at_least(at_most(a, 8.0f), -8.0f), a2 = c * c;
     const ValueSlope th = tanh_slope(c * fma_rn(a2, 0.044715f * 0.7978845608028654f, 0.7978845608028654f));
-    const float half = fma_rn(th.h, 0.5f, 0.5f);
+    // left of -8 nothing is left, which a reciprocal of 1 that is a unit off must not bring back: a may be large
+    const float half = a < -8.0f ? 0.0f : fma_rn(th.h, 0.5f, 0.5f);
     const float inner = fma_rn(a2, 3.0f * 0.044715f * 0.7978845608028654f, 0.7978845608028654f);
     return {a * half, fma_rn(c * 0.5f, th.d * inner, half)};
 }

@@ -74,6 +74,8 @@ JLEBM_DEVICE void product(const SpectralWeight& w, const NormMemory& m) {
 // A start of no use (zero, orthogonal to all that W maps to, not finite) is replaced by this one, once.
 JLEBM_DEVICE float other_start(int r) { return 1.0f + 0.5f * float((uint32_t(r) * 2654435761u) >> 8) * 0x1p-24f; }
 
+} // namespace
+
 JLEBM_KERNEL(kNormThreads, 1)
 spectral_norm_kernel(JLEBM_PARAMETER SpectralNormsParams p) {
     const SpectralWeight& w = p.weights[blockIdx.x];
@@ -129,8 +131,8 @@ spectral_norm_kernel(JLEBM_PARAMETER SpectralNormsParams p) {
         w.normalised[i] = load_readonly(w.weight + i) / sigma;
 }
 
+namespace {
 int64_t shared_bytes(int64_t n_out, int64_t n_in) { return NormMemory::floats(n_out, n_in) * int64_t(sizeof(float)); }
-
 } // namespace
 
 std::string spectral_unsupported_reason(int64_t n_out, int64_t n_in, const CudaLaunch& launch) {

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -106,10 +107,19 @@ def built(name: str, sources: list[Path], flags: list[str], link: list[str], tar
 
 def build_module(name: str, more_flags: list[str]) -> Path:
     """The Python module `cuda_on_host`, with further flags of the compiler."""
-    python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
-    sources = [*kernel_sources(), ROOT / "csrc/bindings_cuda.cpp", Path(__file__).with_name("host_module.cpp")]
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    return built(name, sources, [*FLAGS, *python, *more_flags], ["-shared"], f"cuda_on_host{suffix}")
+    return built(name, module_sources(), [*FLAGS, *python_flags(), *more_flags], ["-shared"], module_file())
+
+
+def module_sources() -> list[Path]:
+    return [*kernel_sources(), ROOT / "csrc/bindings_cuda.cpp", Path(__file__).with_name("host_module.cpp")]
+
+
+def python_flags() -> list[str]:
+    return ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+
+
+def module_file() -> str:
+    return f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def load(path: Path | str) -> ModuleType:
@@ -121,7 +131,15 @@ def load(path: Path | str) -> ModuleType:
 
 @functools.cache
 def host_module() -> ModuleType:
-    """`cuda_on_host`: the functions cuda_* of jlebm_fast._C for CPU memory."""
+    """`cuda_on_host`: the functions cuda_* of jlebm_fast._C for CPU memory.
+
+    JLEBM_TEST_PTX=1 in the environment takes what nvcc has made of each kernel (test_ptx.py).
+    """
+    if os.environ.get("JLEBM_TEST_PTX") == "1":
+        sys.path.append(str(ROOT / "tests/ptx"))
+        import cuda_module
+
+        return load(cuda_module.build_module())
     return load(build_module("module", []))
 
 

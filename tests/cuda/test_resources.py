@@ -6,17 +6,13 @@ the way of every chip newer than the build, and a sixth of the time.
 
 from __future__ import annotations
 
-import concurrent.futures
-import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from host_build import ROOT, digest, locked_folder, on_host
+from host_build import on_host
+from nvcc import CLUSTER, WARPGROUP, kernel_files, needs_nvcc, ptx_of, report_on
 
 from jlebm_fast import precision
 from jlebm_fast.problem import MLPSpec
@@ -36,10 +32,6 @@ MLP_THREADS = 256  # kMlpThreads of csrc/cuda/mlp_plan.h
 ROW_THREADS = 256  # kRowThreads of csrc/cuda/rows.h
 NORM_THREADS = 512  # kNormThreads of csrc/cuda/spectral_norm.cu
 
-CLUSTER = ROOT / "csrc/cuda/mlp_kernel_cluster.cu"
-nvcc = shutil.which("nvcc")
-needs_nvcc = pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH: install the CUDA toolkit to run it")
-
 
 class Usage(NamedTuple):
     registers: int
@@ -48,52 +40,10 @@ class Usage(NamedTuple):
     static_shared: int
 
 
-def side_by_side(commands: list[list[str]]) -> list[str]:
-    """What each command prints on its error stream."""
-
-    def one(command: list[str]) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
-
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return list(pool.map(one, commands))
-
-
-def intermediate(folder: Path) -> list[Path]:
-    """PTX of all kernel files, made by the first process that needs it."""
-    sources = sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if "JLEBM_KERNEL" in whole_text(p))
-    sources.remove(CLUSTER)  # not for compute_80
-    targets = [folder / f"{source.stem}.ptx" for source in sources]
-    if not all(target.exists() for target in targets):
-        common = [nvcc, "-std=c++17", "-O3", "-arch=compute_80", "-ptx", "-I", str(ROOT / "csrc")]
-        side_by_side([[*common, str(s), "-o", f"{t}.part"] for s, t in zip(sources, targets, strict=True)])
-        for target in targets:
-            Path(f"{target}.part").rename(target)
-    return targets
-
-
-def whole_text(source: Path) -> str:
-    """A source and the kernel header that it instantiates."""
-    text = source.read_text()
-    headers = [ROOT / "csrc/cuda" / name for name in ("mlp_kernel.h", "mlp_warpgroup.h") if name in text]
-    return text + "".join(header.read_text() for header in headers)
-
-
 def usage(arch: str) -> dict[str, Usage]:
     """Resources of each kernel on an architecture, by mangled name."""
-    name = f"resources-{digest(arch)}"
-    with locked_folder(f"ptx-{digest('ptx')}") as shared:
-        sources = intermediate(shared)
-    with locked_folder(name) as folder:
-        report = folder / "report.txt"
-        if not report.exists():
-            report.write_text("".join(side_by_side([
-                [nvcc, f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", str(ptx), "-o", str(folder / f"{ptx.stem}.cubin")]
-                for ptx in sources
-            ])))  # fmt: skip
-        text = report.read_text()
-    return {kernel: used for kernel, used in used_by_kernel(text).items() if "warpgroup" not in kernel}
+    found = used_by_kernel(report_on(ptx_of(kernel_files(), "80"), arch))
+    return {kernel: used for kernel, used in found.items() if "warpgroup" not in kernel}
 
 
 def used_by_kernel(text: str) -> dict[str, Usage]:
@@ -114,13 +64,7 @@ def used_by_kernel(text: str) -> dict[str, Usage]:
 def test_warpgroup_kernels_compile_for_hopper():
     """For sm_90a, whose instructions they use: no spills, products that overlap, and nothing of the older matrix
     instructions."""
-    with locked_folder(f"warpgroup-{digest()}") as folder:
-        cubin, report = folder / "kernel.cubin", folder / "report.txt"
-        if not report.exists():
-            source, flags = ROOT / "csrc/cuda/mlp_kernel_warpgroup.cu", ["-std=c++17", "-O3", "-Xptxas", "-v"]
-            flags += ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-I", str(ROOT / "csrc")]
-            report.write_text("".join(side_by_side([[nvcc, *flags, str(source), "-o", str(cubin)]])))
-        text = report.read_text()
+    text = report_on(ptx_of([WARPGROUP], "90a"), "90a")
     found = used_by_kernel(text)
     assert len(found) == 3, sorted(found)
     for kernel, used in found.items():
@@ -136,14 +80,7 @@ def test_warpgroup_kernels_compile_for_hopper():
 @pytest.mark.parametrize("arch", ["90a", "100"])
 def test_cluster_kernels_compile(arch):
     """For the chips that have clusters; no spills where the chains are few."""
-    with locked_folder(f"cluster-{digest(arch)}") as folder:
-        report = folder / "report.txt"
-        if not report.exists():
-            common = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-I", str(ROOT / "csrc")]
-            report.write_text(
-                "".join(side_by_side([[nvcc, *common, str(CLUSTER), "-o", str(folder / "kernel.cubin")]]))
-            )
-        found = used_by_kernel(report.read_text())
+    found = used_by_kernel(report_on(ptx_of([CLUSTER], "90"), arch))
     assert len(found) == 9, sorted(found)  # three precisions, 1, 2 or 4 tiles of chains
     for kernel, used in found.items():
         assert used.registers * MLP_THREADS <= REGISTERS_OF_A_MULTIPROCESSOR, kernel

@@ -1,5 +1,6 @@
-"""The checks under interpreted/ belong to a process of their own (test_interpreter.py)."""
+"""The checks under checks/ belong to processes of their own (test_interpreter.py, test_ptx.py)."""
 
 import os
 
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+_own = os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("JLEBM_TEST_PTX", "").startswith("sm_")
+collect_ignore = [] if _own else ["checks"]

@@ -1,6 +1,6 @@
 """Every kernel under Triton's interpreter, in processes of their own: it is chosen when Triton is imported.
 
-The files interpreted/check_*.py are collected there and nowhere else.
+The files checks/check_*.py are collected there and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy
 import pytest
 
 HERE = Path(__file__).parent
-CHECKS = sorted(path.name for path in (HERE / "interpreted").glob("check_*.py"))
+CHECKS = sorted(path.name for path in (HERE / "checks").glob("check_*.py"))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -44,7 +44,7 @@ def test_there_are_checks():
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_interpreted(name):
-    done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "interpreted" / name))
+    done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "checks" / name))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     # all of them ran: a check that skips itself would say nothing
     last = done.stdout.splitlines()[-1]

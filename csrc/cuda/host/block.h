@@ -64,6 +64,11 @@ void wgmma_begin();
 float* wgmma_accumulator(float* d, int count, bool add);
 void wgmma_end(float* d, int count);
 
+// Another program for a kernel, given where each of its parameters lies: tests run what the compiler has made of it.
+using StandIn = void (*)(const void* const* parameters);
+void set_stand_in(const void* kernel, StandIn program); // null: the kernel itself again
+StandIn stand_in_of(const void* kernel);                // null: none
+
 // counts since the last read, over all blocks of this thread of the host
 struct Statistics {
     int64_t blocks = 0, barriers = 0, mma = 0, ldmatrix = 0;

@@ -91,7 +91,7 @@ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
             row[k] = tf32_operand(operands_of(all, 4 * g + k % 4).a[upper + 2 * (k / 4)]);
             col[k] = tf32_operand(operands_of(all, 4 * column + k % 4).b[k / 4]);
         }
-        for (int k = 0; k < 8; k += kTf32Group) d[i] = accumulate<kTf32Group>(d[i], row + k, col + k);
+        d[i] = host::accumulate_tf32(d[i], row, col);
     }
 }
 
@@ -110,11 +110,20 @@ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
             row[k] = half_of(operands_of(all, 4 * g + owner).a[upper + 2 * (k / 8)], k % 2);
             col[k] = half_of(operands_of(all, 4 * column + owner).b[k / 8], k % 2);
         }
-        for (int k = 0; k < 16; k += kBf16Group) d[i] = accumulate<kBf16Group>(d[i], row + k, col + k);
+        d[i] = host::accumulate_bf16(d[i], row, col);
     }
 }
 
 namespace host {
+
+float accumulate_tf32(float c, const float (&a)[8], const float (&b)[8]) {
+    for (int k = 0; k < 8; k += kTf32Group) c = accumulate<kTf32Group>(c, a + k, b + k);
+    return c;
+}
+float accumulate_bf16(float c, const float (&a)[16], const float (&b)[16]) {
+    for (int k = 0; k < 16; k += kBf16Group) c = accumulate<kBf16Group>(c, a + k, b + k);
+    return c;
+}
 
 void wgmma(float* d, int columns, bool add, bool transposed, const uint32_t* a, uint64_t b) {
     const Exchange& all = exchange(Op::kWgmma, a, 16, nullptr, columns * 2 + transposed);
@@ -140,7 +149,7 @@ void wgmma(float* d, int columns, bool add, bool transposed, const uint32_t* a, 
             }
             for (int upper = 0; upper < 2; ++upper) {
                 float& sum = sums[4 * tile + 2 * upper + i];
-                for (int k = 0; k < 16; k += kBf16Group) sum = accumulate<kBf16Group>(sum, rows[upper] + k, column + k);
+                sum = accumulate_bf16(sum, rows[upper], column);
             }
         }
 }

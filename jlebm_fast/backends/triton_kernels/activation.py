@@ -32,8 +32,11 @@ def softplus_and_slope(a):
 
 
 @triton.jit
-def sigmoid(a):
-    return 1.0 / (1.0 + tl.exp(-a))
+def sigmoid_and_complement(a):
+    """s and 1 - s, the latter without the cancellation: with e = exp(-a), e s. Left of -80 s is below 2e-35."""
+    e = tl.exp(-tl.where(a < -80.0, -80.0, a))
+    s = 1.0 / (1.0 + e)
+    return s, e * s
 
 
 @triton.jit
@@ -63,7 +66,8 @@ def gelu_tanh_and_slope(a):
     square = c * c
     t, t_slope = tanh_and_slope(0.7978845608028654 * tl.fma(0.044715 * square, c, c))
     inner_slope = 0.7978845608028654 * tl.fma(square, 0.134145, 1.0)
-    half = tl.fma(t, 0.5, 0.5)
+    # left of -8 nothing is left, which a quotient that is a unit off must not bring back: a may be large
+    half = tl.where(a < -8.0, 0.0, tl.fma(t, 0.5, 0.5))
     return a * half, tl.fma(0.5 * c * t_slope, inner_slope, half)
 
 
@@ -93,9 +97,9 @@ def activate(a, KIND: tl.constexpr, parameter):
     elif KIND == "gelu_tanh":
         h, d = gelu_tanh_and_slope(a)
     elif KIND == "silu":
-        gate = sigmoid(a)
-        h = a * gate
-        d = gate * tl.fma(a, 1.0 - gate, 1.0)
+        gate, complement = sigmoid_and_complement(a)
+        h = tl.where(a < -80.0, -80.0, a) * gate
+        d = tl.fma(h, complement, gate)  # the complement is 0 before h is large
     elif KIND == "mish":
         h, d = mish_and_slope(a)
     elif KIND == "tanh":
@@ -118,8 +122,8 @@ def one_logit_head(logit, KIND: tl.constexpr):
     if KIND == "tanh":
         value, slope = tanh_and_slope(logit)
     elif KIND == "sigmoid":
-        value = sigmoid(logit)
-        slope = value * (1.0 - value)
+        value, complement = sigmoid_and_complement(logit)
+        slope = value * complement
     elif KIND == "softplus":
         value, slope = softplus_and_slope(logit)
         value = tl.where(logit > 20.0, logit, value)

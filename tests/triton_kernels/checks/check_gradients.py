@@ -17,13 +17,13 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check(z, mlp, regime):
+def check(z, mlp, regime, times=2):
     with tiles.override(regime=regime), precision.using("fp32"):
         ours = backend.mlp_energy_grad(z, mlp)
     plain = eager.mlp_energy_grad(z, mlp)
     exact = eager.mlp_energy_grad(z.double(), moved(mlp, dtype=torch.float64))
     for name, *three in zip(("energy", "grad"), ours, plain, exact, strict=True):
-        assert_accurate(*three, what=name)
+        assert_accurate(*three, what=name, times=times)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -67,7 +67,8 @@ def test_heads_far_out(regime):
     for head in ("sigmoid", "tanh", "softplus", "logsumexp"):
         mlp = random_mlp((3, 8, 4 if head == "logsumexp" else 1), "relu", head)
         mlp = mlp._replace(weights=(mlp.weights[0], mlp.weights[1] * 60))
-        check(drawn(18, 3), mlp, regime)
+        # weights 60 times the usual show in the logits what three products of tf32 lose to float32: two bits of 24
+        check(drawn(18, 3), mlp, regime, times=2 if backend._chip(0).kind == "interpreter" else 8)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
