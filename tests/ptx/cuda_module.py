@@ -39,7 +39,8 @@ def _built() -> Path:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 texts = {f"ptx_{i}": kernel.source for i, kernel in enumerate(kernels)}
                 objects = program.objects_of({**texts, "ptx_registry": _registry(kernels)}, Path(scratch))
-                objects += compile_objects(module_sources(), Path(scratch), [*FLAGS, *python_flags()])
+                flags = [*FLAGS, *python_flags(), "-I", str(program.HERE)]
+                objects += compile_objects([*module_sources(), program.RACES], Path(scratch), flags)
                 fresh = Path(scratch) / "module.so"
                 subprocess.run([compiler(), "-shared", "-pthread", *objects, "-o", str(fresh)], check=True)
                 fresh.rename(target)

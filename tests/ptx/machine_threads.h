@@ -15,9 +15,17 @@ inline u32 special_nctaid_y() { return host::place->grid_size.y; }
 inline u32 special_laneid() { return host::place->thread.x % 32; }
 inline u32 special_cluster_ctarank() { return u32(host::cluster_rank()); }
 
-inline void bar_sync(s64 id) { host::barrier(int(id), int(special_ntid_x()), true); }
-inline void bar_sync(s64 id, s64 n) { host::barrier(int(id), int(n), true); }
-inline void bar_arrive(s64 id, s64 n) { host::barrier(int(id), int(n), false); }
+inline void bar_sync(s64 id, s64 n) {
+    if (!races::wanted()) return host::barrier(int(id), int(n), true);
+    const auto met = races::enter(races::Meeting::kBlock, int(id), int(n));
+    host::barrier(int(id), int(n), true);
+    races::leave(met);
+}
+inline void bar_sync(s64 id) { bar_sync(id, special_ntid_x()); }
+inline void bar_arrive(s64 id, s64 n) {
+    if (races::wanted()) races::enter(races::Meeting::kBlock, int(id), int(n));
+    host::barrier(int(id), int(n), false);
+}
 inline void membar_gl() {}
 inline void membar_cta() {}
 inline void fence_acq_rel_gpu() {}
@@ -26,12 +34,30 @@ inline void need_whole_warp(u32 mask, const char* who) {
 }
 inline void bar_warp_sync(s64 mask) {
     need_whole_warp(u32(mask), "bar.warp.sync");
+    if (!races::wanted()) return jlebm::cuda::sync_warp();
+    const auto met = races::enter(races::Meeting::kWarp, 0, 32);
     jlebm::cuda::sync_warp();
+    races::leave(met);
 }
+// around what exchanges registers between the lanes of a warp
+class Exchanging {
+public:
+    Exchanging() {
+        if (races::wanted()) knowledge_ = races::enter_exchange();
+    }
+    ~Exchanging() {
+        if (knowledge_) races::leave_exchange(knowledge_);
+    }
+
+private:
+    std::shared_ptr<races::Knowledge> knowledge_;
+};
+
 // c: the last lane of a segment (bits 0 to 4), which lanes share one (bits 8 to 12)
 inline void shfl(u32& d, bool& inside, u32 a, u32 from, bool in_range, u32 mask, const char* who) {
     need_whole_warp(mask, who);
     const u32 lane = special_laneid();
+    const Exchanging exchanging;
     inside = in_range;
     d = jlebm::cuda::shuffle(a, int(in_range ? from : lane));
 }
@@ -66,16 +92,19 @@ JLEBM_PTX_SHFL(shfl_sync_up_b32)
 JLEBM_PTX_SHFL(shfl_sync_idx_b32)
 inline void redux_sync_max_s32(u32& d, u32 a, u32 mask) {
     need_whole_warp(mask, "redux.sync.max");
+    const Exchanging exchanging;
     s32 most = s32(a);
     for (int other = 1; other < 32; other *= 2) most = std::max(most, s32(jlebm::cuda::shuffle_xor(u32(most), other)));
     d = u32(most);
 }
 inline void vote_sync_any_pred(bool& d, bool a, u32 mask) {
     need_whole_warp(mask, "vote.sync.any");
+    const Exchanging exchanging;
     d = jlebm::cuda::warp_any(a);
 }
 inline void vote_sync_all_pred(bool& d, bool a, u32 mask) {
     need_whole_warp(mask, "vote.sync.all");
+    const Exchanging exchanging;
     d = jlebm::cuda::warp_all(a);
 }
 
@@ -84,6 +113,7 @@ inline void mma(F product, u32& d0, u32& d1, u32& d2, u32& d3, u32 a0, u32 a1, u
                 u32 c1, u32 c2, u32 c3) {
     float d[4] = {f32(c0), f32(c1), f32(c2), f32(c3)};
     const u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+    const Exchanging exchanging;
     product(d, a, b);
     d0 = bits(d[0]), d1 = bits(d[1]), d2 = bits(d[2]), d3 = bits(d[3]);
 }
@@ -98,6 +128,9 @@ inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(R&&... r) {
 template <class... R>
 inline void load_matrices(bool transposed, u64 row, R&... r) {
     u32 all[sizeof...(R)];
+    if (races::wanted() && special_laneid() < 8 * sizeof...(R))
+        races::access(own_shared(row), 16, races::Access::kRead, "ldmatrix");
+    const Exchanging exchanging;
     host::ldmatrix(all, int(sizeof...(R)), transposed, own_shared(row));
     int i = 0;
     ((r = all[i++]), ...);
@@ -117,6 +150,8 @@ inline void store_rows(host::Exchange& all, int variant) {
                 std::memcpy(&address, all.in[8 * j + row], sizeof address);
                 auto* at = static_cast<unsigned char*>(shared_at(address, 16, 16, "stmatrix"));
                 const u16 value = u16(pair >> 16 * half);
+                if (races::wanted()) // as the last lane that came; a barrier needs them all
+                    races::access(at + 2 * column, 2, races::Access::kWrite, "stmatrix", &value);
                 std::memcpy(at + 2 * column, &value, sizeof value);
             }
         }
@@ -153,15 +188,25 @@ inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(u32& a, u32& b, u32& 
 // --- clusters: an address in another block's shared memory has that block's rank above bit 24
 // ---------------------------
 inline void barrier_cluster_arrive_release_aligned() {}
-inline void barrier_cluster_wait_acquire_aligned() { host::sync_cluster(); }
+inline void barrier_cluster_wait_acquire_aligned() { // at once with the arrival, which stands just before it
+    if (!races::wanted()) return host::sync_cluster();
+    const auto met = races::enter(races::Meeting::kCluster, 0, int(special_ntid_x()) * host::cluster_blocks());
+    host::sync_cluster();
+    races::leave(met);
+}
 inline void mapa_shared_cluster_u32(u32& d, u32 a, u32 rank) { d = a | (rank + 1) << 24; }
 inline void fence_mbarrier_init_release_cluster() { host::fence_mbarrier_init(); }
-inline void mbarrier_init_shared_cta_b64(u64 m, s64 arrivals) { host::mbarrier_init(own_shared(m), int(arrivals)); }
+inline void mbarrier_init_shared_cta_b64(u64 m, s64 arrivals) {
+    host::mbarrier_init(own_shared(m), int(arrivals));
+    if (races::wanted()) races::mbarrier_made(own_shared(m), int(arrivals));
+}
 inline void mbarrier_arrive_expect_tx_shared_cta_b64(u64, u64 m, s64 bytes) {
+    if (races::wanted()) races::mbarrier_arrived(own_shared(m));
     host::mbarrier_arrive(own_shared(m), int(bytes));
 }
 inline void mbarrier_try_wait_parity_acquire_cluster_shared_cta_b64(bool& done, u64 m, s64 parity) {
     host::mbarrier_wait(own_shared(m), int(parity));
+    if (races::wanted()) races::mbarrier_waited(own_shared(m), int(parity));
     done = true;
 }
 template <class... V>
@@ -171,6 +216,8 @@ inline void store_async(u64 to, u64 mbarrier, V... values) {
     if (rank == 0 || rank != mbarrier >> 24)
         throw std::runtime_error("st.async: the address and the mbarrier are of one block of the cluster, got " +
                                  std::to_string(s64(rank) - 1) + " and " + std::to_string(s64(mbarrier >> 24) - 1));
+    if (races::wanted())
+        races::sent(own_shared(to & 0xffffff), int(sizeof all), own_shared(mbarrier & 0xffffff), int(rank) - 1);
     host::store_async(own_shared(to & 0xffffff), all, int(sizeof all), own_shared(mbarrier & 0xffffff), int(rank) - 1);
 }
 inline void st_async_shared_cluster_mbarrier_complete_tx_bytes_b32(u64 to, u32 a, u64 m) { store_async(to, m, a); }

@@ -10,7 +10,9 @@
 
 namespace ptx {
 
-inline void fence_proxy_async_shared_cta() {}
+inline void fence_proxy_async_shared_cta() {
+    if (races::wanted()) races::proxy_fence();
+}
 inline void wgmma_fence_sync_aligned() {}
 inline void wgmma_commit_group_sync_aligned() {}
 inline void wgmma_wait_group_sync_aligned(s64) {}

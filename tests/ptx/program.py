@@ -23,6 +23,7 @@ FLAGS = [
     "-Wall", "-Werror", "-Wno-unused-label", "-Wno-unused-but-set-variable", "-Wno-unknown-pragmas",
     "-DJLEBM_CUDA_ON_HOST", "-I", str(ROOT / "csrc"), "-I", str(HERE),
 ]  # fmt: skip
+RACES = HERE / "races.cpp"
 _RUNTIME = [ROOT / "csrc/cuda/host" / f"{name}.cpp" for name in ("fibres", "block", "grid", "tensor_core")]
 _ENTRY = """
 {source}
@@ -83,7 +84,7 @@ def objects_of(texts: dict[str, str], folder: Path) -> list[str]:
 
 def machine_digest() -> str:
     """Of all that a translated kernel is compiled with."""
-    parts = [path.read_bytes() for path in (*sorted(HERE.glob("*.h")), HERE / "translate.py")]
+    parts = [path.read_bytes() for path in (*sorted(HERE.glob("*.h")), RACES, HERE / "translate.py")]
     return digest(FLAGS, parts)
 
 
@@ -118,4 +119,5 @@ def _library(kernel: translate.Kernel) -> Path:
 def _runtime() -> Path:
     """csrc/cuda/host as a library, which the programs of a process share."""
     flags = ["-fvisibility=default" if flag == "-fvisibility=hidden" else flag for flag in host_build.FLAGS]
-    return host_build.built("runtime", _RUNTIME, flags, ["-shared"], "libptx_runtime.so")
+    flags += ["-I", str(HERE)]
+    return host_build.built(f"runtime-{machine_digest()}", [*_RUNTIME, RACES], flags, ["-shared"], "libptx_runtime.so")

@@ -19,12 +19,12 @@ namespace host = jlebm::cuda::host;
 using Clock = std::vector<uint32_t>;
 
 struct Knowledge {
-    Clock over, fenced; // accesses that are over, and those of them that the asynchronous proxy may see
+    Clock over;   // accesses that are over
+    Clock fenced; // those of them that the asynchronous proxy may see
+    Clock read;   // what has been read, whether or not what was written before is over
 };
 
 namespace {
-
-constexpr int kCell = 2; // bytes: the smallest that two threads write beside each other
 
 struct Moment {
     int thread = -1;
@@ -32,9 +32,9 @@ struct Moment {
 };
 struct Cell {
     int64_t cluster = -1;
-    Moment write;
     const char* writer = "";
-    std::vector<Moment> reads; // since the last write, one of each thread
+    std::vector<Moment> writes; // several only of the same bits
+    std::vector<Moment> reads;  // since the last write, one of each thread
 };
 struct Place {
     int entered = 0;
@@ -61,6 +61,7 @@ void join(Clock& into, const Clock& other) {
 void join(Knowledge& into, const Knowledge& other) {
     join(into.over, other.over);
     join(into.fenced, other.fenced);
+    join(into.read, other.read);
 }
 
 struct OfCluster {
@@ -69,7 +70,7 @@ struct OfCluster {
     std::vector<Knowledge> of_thread;
     std::map<std::pair<int, int>, Place> places; // kind and block, warp or cluster; barrier
     std::map<std::pair<int, int64_t>, Mbarrier> mbarriers;
-    std::map<std::pair<int, int64_t>, Cell> shared; // block; cell
+    std::vector<std::vector<Cell>> shared; // block; byte
     std::vector<Copies> copies;
 };
 
@@ -92,9 +93,12 @@ OfCluster& cluster() {
         const int n = made->block_threads * host::cluster_blocks();
         made->of_thread.resize(size_t(n));
         made->copies.resize(size_t(n));
+        made->shared.resize(size_t(host::cluster_blocks()));
+        for (auto& bytes : made->shared) bytes.resize(size_t(host::block->shared_bytes()));
         for (int i = 0; i < n; ++i) {
             made->of_thread[size_t(i)].over.resize(size_t(n), 0);
             made->of_thread[size_t(i)].fenced.resize(size_t(n), 0);
+            made->of_thread[size_t(i)].read.resize(size_t(n), 0);
             made->of_thread[size_t(i)].over[size_t(i)] = 1;
         }
         kept = made;
@@ -109,52 +113,64 @@ std::string thread_text(const OfCluster& all, int thread) {
         text += " of block " + std::to_string(thread / all.block_threads) + " of its cluster";
     return text;
 }
+void remember(std::vector<Moment>& moments, Moment now) {
+    for (Moment& moment : moments)
+        if (moment.thread == now.thread) {
+            moment = now;
+            return;
+        }
+    moments.push_back(now);
+}
+
 int64_t offset_of(const void* p) { return static_cast<const unsigned char*>(p) - host::block->shared(); }
 bool is_shared(const void* p) { return offset_of(p) >= 0 && offset_of(p) < host::block->shared_bytes(); }
 
-// which may be of another block
-void touch(OfCluster& all, Cell& cell, Access kind, const char* who, const std::string& where) {
+// offset: in shared memory, -1 in global memory
+void touch(OfCluster& all, Cell& cell, Access kind, const char* who, bool same_bits, int64_t offset) {
     const int me = running(all);
     const bool writes = kind == Access::kWrite;
     const Knowledge& known = all.of_thread[size_t(me)];
     const auto fail = [&](const std::string& other) {
+        const std::string where =
+            offset < 0 ? "an address of global memory" : "offset " + std::to_string(offset) + " of shared memory";
         throw std::runtime_error("a race at " + where + ": " + who + " by " + thread_text(all, me) + ", " + other +
                                  ", and nothing between them that orders the two");
     };
     if (cell.cluster >= 0 && cell.cluster != all.number) {
-        if (cell.write.thread >= 0) fail(std::string(cell.writer) + " by a thread of another block");
+        if (!cell.writes.empty() && !same_bits) fail(std::string(cell.writer) + " by a thread of another block");
         if (writes && !cell.reads.empty()) fail("read by a thread of another block");
-        if (writes) cell.reads.clear();
         if (!writes) return; // blocks that only read
+        cell.writes.clear();
     }
     cell.cluster = all.number;
-    if (cell.write.thread >= 0 && cell.write.thread != me) {
-        if (known.over[size_t(cell.write.thread)] < cell.write.time)
-            fail(std::string(cell.writer) + " by " + thread_text(all, cell.write.thread));
+    bool all_over = true;
+    for (const Moment& write : cell.writes) {
+        const bool over = write.thread == me || known.over[size_t(write.thread)] >= write.time;
+        all_over = all_over && over;
+        if (!over && !same_bits) fail(std::string(cell.writer) + " by " + thread_text(all, write.thread));
+        if (kind == Access::kAsyncProxyRead && known.fenced[size_t(write.thread)] < write.time)
+            fail(std::string(cell.writer) + " by " + thread_text(all, write.thread) + " without a fence.proxy.async");
     }
-    if (kind == Access::kAsyncProxyRead && cell.write.thread >= 0 &&
-        known.fenced[size_t(cell.write.thread)] < cell.write.time)
-        fail(std::string(cell.writer) + " by " + thread_text(all, cell.write.thread) + " without a fence.proxy.async");
-    const uint32_t now = known.over[size_t(me)];
-    if (writes) {
-        for (const Moment& read : cell.reads)
-            if (read.thread != me && known.over[size_t(read.thread)] < read.time)
-                fail("read by " + thread_text(all, read.thread));
-        cell.reads.clear();
-        cell.write = {me, now}, cell.writer = who;
-        return;
-    }
-    for (Moment& read : cell.reads)
-        if (read.thread == me) {
-            read.time = now;
-            return;
-        }
-    cell.reads.push_back({me, now});
+    const Moment now = {me, known.over[size_t(me)]};
+    if (!writes) return remember(cell.reads, now);
+    for (const Moment& read : cell.reads)
+        if (read.thread != me && std::max(known.over[size_t(read.thread)], known.read[size_t(read.thread)]) < read.time)
+            fail("read by " + thread_text(all, read.thread));
+    cell.reads.clear();
+    if (all_over) cell.writes.clear();
+    remember(cell.writes, now);
+    cell.writer = who;
 }
 
-void touch_shared(OfCluster& all, int rank, int64_t offset, int bytes, Access kind, const char* who) {
-    for (int64_t at = offset / kCell; at * kCell < offset + bytes; ++at)
-        touch(all, all.shared[{rank, at}], kind, who, "offset " + std::to_string(at * kCell) + " of shared memory");
+bool same(const void* at, const void* value, int byte) {
+    return value && static_cast<const char*>(at)[byte] == static_cast<const char*>(value)[byte];
+}
+
+void touch_shared(OfCluster& all, int rank, const void* own, int bytes, Access kind, const char* who,
+                  const void* value) {
+    const int64_t offset = offset_of(own);
+    for (int byte = 0; byte < bytes; ++byte)
+        touch(all, all.shared[size_t(rank)][size_t(offset + byte)], kind, who, same(own, value, byte), offset + byte);
 }
 
 // after what a thread has told others it does something new
@@ -164,36 +180,65 @@ void release(OfCluster& all, Knowledge& into) {
     ++mine.over[size_t(running(all))];
 }
 
+Place& place_of(OfCluster& all, Meeting kind, int id) {
+    const int rank = host::block->rank(), warp = host::block->running_index() / 32;
+    const int group = kind == Meeting::kCluster ? 0 : kind == Meeting::kBlock ? 1 + rank : 1000 * (1 + rank) + warp;
+    return all.places[{group, id}];
+}
+
+// of those who come together this time
+std::shared_ptr<Knowledge> met_at(Place& place, int n_threads) {
+    if (place.entered == 0) place.knowledge = std::make_shared<Knowledge>();
+    if (++place.entered == n_threads) place.entered = 0;
+    return place.knowledge;
+}
+
 } // namespace
 
-bool wanted() {
-    static const bool is_set = std::getenv("JLEBM_TEST_RACES") && std::string(std::getenv("JLEBM_TEST_RACES")) == "1";
+bool wanted() { // asked once a launch
+    static thread_local int64_t launch = -1;
+    static thread_local bool is_set = false;
+    if (launch != host::launch_number()) {
+        launch = host::launch_number();
+        const char* value = std::getenv("JLEBM_TEST_RACES");
+        is_set = value && std::string(value) == "1";
+    }
     return is_set;
 }
 
-void access(const void* at, int bytes, Access kind, const char* who) {
+void access(const void* at, int bytes, Access kind, const char* who, const void* value) {
     OfCluster& all = cluster();
-    if (is_shared(at)) return touch_shared(all, host::block->rank(), offset_of(at), bytes, kind, who);
+    if (is_shared(at)) return touch_shared(all, host::block->rank(), at, bytes, kind, who, value);
     const auto first = reinterpret_cast<uintptr_t>(at);
-    for (uintptr_t cell = first / kCell; cell * kCell < first + uintptr_t(bytes); ++cell)
-        touch(all, global().cells[cell], kind, who, "an address of global memory");
+    for (int byte = 0; byte < bytes; ++byte)
+        touch(all, global().cells[first + uintptr_t(byte)], kind, who, same(at, value, byte), -1);
 }
 
 std::shared_ptr<Knowledge> enter(Meeting kind, int id, int n_threads) {
     OfCluster& all = cluster();
-    const int rank = host::block->rank(), warp = host::block->running_index() / 32;
-    const int group = kind == Meeting::kCluster ? 0 : kind == Meeting::kBlock ? 1 + rank : 1000 * (1 + rank) + warp;
-    Place& place = all.places[{group, id}];
-    if (place.entered == 0) place.knowledge = std::make_shared<Knowledge>();
-    const std::shared_ptr<Knowledge> knowledge = place.knowledge;
+    const std::shared_ptr<Knowledge> knowledge = met_at(place_of(all, kind, id), n_threads);
     release(all, *knowledge);
-    if (++place.entered == n_threads) place.entered = 0;
     return knowledge;
 }
 
 void leave(const std::shared_ptr<Knowledge>& knowledge) {
     OfCluster& all = cluster();
     join(all.of_thread[size_t(running(all))], *knowledge);
+}
+
+std::shared_ptr<Knowledge> enter_exchange() {
+    OfCluster& all = cluster();
+    const std::shared_ptr<Knowledge> knowledge = met_at(place_of(all, Meeting::kWarp, 1), 32);
+    Knowledge& mine = all.of_thread[size_t(running(all))];
+    uint32_t& now = mine.over[size_t(running(all))];
+    mine.read[size_t(running(all))] = now++;
+    join(knowledge->read, mine.read);
+    return knowledge;
+}
+
+void leave_exchange(const std::shared_ptr<Knowledge>& knowledge) {
+    OfCluster& all = cluster();
+    join(all.of_thread[size_t(running(all))].read, knowledge->read);
 }
 
 void mbarrier_made(const void* m, int arrivals) {
@@ -216,7 +261,7 @@ void mbarrier_waited(const void* m, int parity) {
 }
 void sent(const void* own, int bytes, const void* own_mbarrier, int rank) {
     OfCluster& all = cluster();
-    touch_shared(all, rank, offset_of(own), bytes, Access::kWrite, "st.async");
+    touch_shared(all, rank, own, bytes, Access::kWrite, "st.async", nullptr);
     release(all, all.mbarriers[{rank, offset_of(own_mbarrier)}].sent);
 }
 

@@ -21,14 +21,18 @@ bool wanted();
 
 enum class Access { kRead, kWrite, kAsyncProxyRead };
 
-// of the running thread; `who` is the instruction
-void access(const void* at, int bytes, Access kind, const char* who);
+// of the running thread, before memory changes; `who` is the instruction, `value` what it is about to write, if that is
+// known
+void access(const void* at, int bytes, Access kind, const char* who, const void* value = nullptr);
 
 struct Knowledge; // what those who meet have known
 // What a barrier is told apart by. Exactly `n_threads` enter it each time; who waits leaves with what enter() returned.
 enum class Meeting { kBlock, kWarp, kCluster };
 std::shared_ptr<Knowledge> enter(Meeting kind, int id, int n_threads);
 void leave(const std::shared_ptr<Knowledge>& knowledge);
+// around an instruction that exchanges registers in a warp
+std::shared_ptr<Knowledge> enter_exchange();
+void leave_exchange(const std::shared_ptr<Knowledge>& knowledge);
 
 void mbarrier_made(const void* m, int arrivals);
 void mbarrier_arrived(const void* m);

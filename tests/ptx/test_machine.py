@@ -193,3 +193,63 @@ def test_what_is_not_known_is_named():
         list(translate.kernels(kernel("mov.u32 %r2, nobody;")))
     with pytest.raises(ValueError, match="a function"):
         list(translate.kernels(HEAD + ".func helper() { ret; }\n" + kernel("")))
+
+
+# --- races ------------------------------------------------------------------------------------------------------------
+# %r2 is the thread's own word of shared memory, %r3 that of the thread 33 (or 1) further on
+PLACES = """mov.u32 %r4, memory; shl.b32 %r2, %r1, 2; add.s32 %r2, %r2, %r4; add.s32 %r3, %r1, 33; and.b32 %r3, %r3, 63;
+    shl.b32 %r3, %r3, 2; add.s32 %r3, %r3, %r4; xor.b32 %r5, %r1, 1; shl.b32 %r5, %r5, 2; add.s32 %r5, %r5, %r4;"""
+SOUND = {
+    "a barrier": "st.shared.u32 [%r2], %r1; bar.sync 0; ld.shared.u32 %r6, [%r3];",
+    "a barrier for the next write": "ld.shared.u32 %r6, [%r3]; bar.sync 0; st.shared.u32 [%r2], %r1;",
+    "a barrier of the warp": "st.shared.u32 [%r2], %r1; bar.warp.sync -1; ld.shared.u32 %r6, [%r5];",
+    "what several threads store alike": "mov.u32 %r6, 7; st.shared.u32 [%r4], %r6;",
+    "bytes beside each other": "cvt.u16.u32 %rs1, %r1; add.s32 %r6, %r4, %r1; st.shared.u8 [%r6], %rs1;",
+    "a copy with wait and barrier": """cp.async.ca.shared.global [%r2], [%rd1], 4; cp.async.commit_group;
+        cp.async.wait_group 0; bar.sync 0; ld.shared.u32 %r6, [%r3];""",
+    "what a shuffle shows to be read": """ld.shared.u32 %r6, [%r5]; shfl.sync.bfly.b32 %r7, %r6, 1, 31, -1;
+        st.shared.u32 [%r2], %r7;""",
+    "blocks that read": "ld.global.u32 %r6, [%rd1];",
+}
+RACES = {
+    "no barrier": ("st.shared.u32 [%r2], %r1; ld.shared.u32 %r6, [%r3];", "a race at offset"),
+    "no barrier before the next write": ("ld.shared.u32 %r6, [%r3]; st.shared.u32 [%r2], %r1;", "a race at offset"),
+    "a barrier of the warp alone": (
+        "st.shared.u32 [%r2], %r1; bar.warp.sync -1; ld.shared.u32 %r6, [%r3];",
+        "a race at offset",
+    ),
+    "what several threads store": ("st.shared.u32 [%r4], %r1;", "st.shared by thread"),
+    "a copy with a wait alone": (
+        """cp.async.ca.shared.global [%r2], [%rd1], 4; cp.async.commit_group; cp.async.wait_group 0;
+        ld.shared.u32 %r6, [%r3];""",
+        "cp.async",
+    ),
+    "a copy behind its barrier": (
+        """cp.async.ca.shared.global [%r2], [%rd1], 4; cp.async.commit_group; bar.sync 0; cp.async.wait_group 0;
+        ld.shared.u32 %r6, [%r3];""",
+        "cp.async",
+    ),
+    "a shuffle between write and read": (
+        "st.shared.u32 [%r2], %r1; shfl.sync.bfly.b32 %r7, %r1, 1, 31, -1; ld.shared.u32 %r6, [%r5];",
+        "a race at offset",
+    ),
+    "blocks that write": ("mov.u32 %r6, %ctaid.x; st.global.u32 [%rd1], %r6;", "a race at an address of global memory"),
+}
+
+
+@pytest.fixture
+def look(monkeypatch):
+    monkeypatch.setenv("JLEBM_TEST_RACES", "1")
+    return lambda body: run(PLACES + body, np.zeros(64, np.uint32), threads=64, shared=256, grid=(2,))
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_what_is_ordered_is_no_race(look, case):
+    look(SOUND[case])
+
+
+@pytest.mark.parametrize("case", RACES)
+def test_races_are_reported(look, case):
+    body, words = RACES[case]
+    with pytest.raises(RuntimeError, match=f"{words}.*and nothing between them that orders the two"):
+        look(body)

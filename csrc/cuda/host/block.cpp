@@ -44,6 +44,9 @@ void store_async(void* own, const void* value, int bytes, void* own_mbarrier, in
     block->store_async(own, value, bytes, own_mbarrier, rank);
 }
 
+int cluster_blocks() { return int(block->cluster().blocks.size()); }
+std::shared_ptr<void>& kept_with_cluster() { return block->cluster().kept; }
+
 unsigned char* shared_base() { return block->shared(); }
 
 void check_shared(const void* p, int bytes, int alignment, const char* instruction) {

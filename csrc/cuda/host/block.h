@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 
 #include "cuda/geometry.h"
 
@@ -47,6 +48,12 @@ void fence_mbarrier_init();
 void mbarrier_arrive(void* m, int bytes);
 void mbarrier_wait(void* m, int parity);
 void store_async(void* own, const void* value, int bytes, void* own_mbarrier, int rank);
+
+int cluster_blocks();
+// For tools that watch a kernel: what they keep with the running thread's cluster, which goes when it has ended, and
+// the number of the running launch, of this thread of the host.
+std::shared_ptr<void>& kept_with_cluster();
+int64_t launch_number();
 
 unsigned char* shared_base();
 // throws unless [p, p + bytes) is shared memory of this block, aligned to `alignment`

@@ -103,6 +103,7 @@ struct Cluster {
     std::vector<std::unique_ptr<Block>> blocks;
     int64_t arrived = 0, barriers = 0;
     std::vector<Letter> letters;
+    std::shared_ptr<void> kept;
 };
 
 struct Mbarrier {
@@ -217,6 +218,7 @@ public:
                     block->wake(i);
     }
 
+    Cluster& cluster() const { return *cluster_; }
     int rank() const {
         int rank = 0;
         while (cluster_->blocks[size_t(rank)].get() != this) ++rank;

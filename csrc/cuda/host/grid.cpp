@@ -11,6 +11,8 @@ constexpr size_t kStackBytes =
     512 * 1024; // the sanitizers' frames are several times larger; untouched pages cost nothing
 constexpr int kMaxThreads = 1024, kMaxCluster = 8;
 
+thread_local int64_t launches = 0;
+
 bool any_ready(const Cluster& cluster) {
     return std::any_of(cluster.blocks.begin(), cluster.blocks.end(), [](const auto& one) { return one->ready(); });
 }
@@ -53,6 +55,8 @@ void run_cluster(Cluster& cluster, Order& order, const std::function<void()>& ke
 
 } // namespace
 
+int64_t launch_number() { return launches; }
+
 void run_grid(const LaunchSite& site, const Geometry& geometry, const CudaLaunch& launch,
               const std::function<void()>& kernel) {
     const std::string where = std::string(site.kernel) + " (" + site.file + ":" + std::to_string(site.line) + ")";
@@ -69,6 +73,7 @@ void run_grid(const LaunchSite& site, const Geometry& geometry, const CudaLaunch
         throw std::runtime_error(where + ": clusters of " + std::to_string(geometry.cluster) + " blocks in a grid of " +
                                  std::to_string(geometry.grid) + "; 1 to " + std::to_string(kMaxCluster) +
                                  " that divide the grid can be launched");
+    ++launches;
     static thread_local std::vector<std::unique_ptr<FibrePool>> fibres; // of each block of a cluster
     while (int(fibres.size()) < geometry.cluster) fibres.push_back(std::make_unique<FibrePool>(kStackBytes));
     if (block) throw std::runtime_error(where + ": launched from inside a kernel");

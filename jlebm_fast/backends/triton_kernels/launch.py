@@ -23,7 +23,7 @@ ELEMENTWISE_ROWS, ELEMENTWISE_GROUPS = 16, 16
 NORM_ELEMENTS = 4096
 # rows and columns of a weight that a program of `pack_weights` holds at a time: 16 elements of each thread
 PACKED_ROWS, PACKED_COLUMNS = 16, 128
-# of every kernel: the noise contract (noise.py)
+# of every kernel: the noise contract (noise.py), and sums that all threads have alike
 NO_FUSION = {"enable_fp_fusion": False}
 
 
@@ -147,7 +147,8 @@ def spectral_call(
     n_outs, n_ins = zip(*[weight.shape for weight in weights], strict=True)
     columns = power_of_two(max(n_ins))
     constants = {"KEEP": keep is not None, "ROWS": max(1, NORM_ELEMENTS // columns), "COLUMNS": columns}
-    options = {"num_warps": 8}
+    # fused, the two lanes of a sum's first step would round differently, and each would store its own
+    options = {"num_warps": 8, **NO_FUSION}
     arguments = (pointers, n_outs, n_ins, tolerance)
     return Call(spectral.spectral_norms, (len(weights),), arguments, constants, options)
 
