@@ -43,8 +43,8 @@ template <int kDepth>
 inline float element(u64 descriptor, int mn, int k, bool mn_major) {
     constexpr int bytes = 32 / kDepth;
     u32 found = 0;
-    std::memcpy(&found, shared_at(element_at(descriptor, mn, k, bytes, mn_major), bytes, bytes, "wgmma"),
-                size_t(bytes));
+    void* const at = shared_at(element_at(descriptor, mn, k, bytes, mn_major), bytes, bytes, "wgmma");
+    std::memcpy(&found, noticed(at, bytes, races::Access::kAsyncProxyRead, "wgmma"), size_t(bytes));
     return f32(kDepth == 16 ? found << 16 : found & 0xffffe000u);
 }
 

@@ -3,12 +3,14 @@
 // Each thread has a clock for each thread of its cluster: how far it knows the other one to have come. A barrier makes
 // those who meet there know what each of them knew. An access to memory is a race if an earlier access of another
 // thread to the same bytes, one of the two a write, is not known to be over (Flanagan, Freund: FastTrack, PLDI 2009).
-// Blocks of different clusters know nothing of each other.
+// Two writes of the same bits are none: Triton's threads store what several of them hold. Blocks of different clusters
+// know nothing of each other.
 //
 // Synchronises: bar.sync and bar.arrive, bar.warp.sync, barrier.cluster, mbarriers with the bytes that st.async brings,
-// and for cp.async its wait, after which the copy has been written by its thread. Not: shuffles, votes and matrix
-// instructions, which exchange registers. What wgmma reads from shared memory must also have passed a
-// fence.proxy.async on its way from the thread that wrote it. Looked for where JLEBM_TEST_RACES=1.
+// and for cp.async its wait, after which the copy has been written by its thread. Shuffles, votes and mma exchange
+// registers: who has their result knows that what the other lanes had read is read, and nothing of what they wrote.
+// What wgmma reads from shared memory must also have passed a fence.proxy.async on its way from the thread that wrote
+// it; that it goes on reading until its wait is not followed. Looked for where JLEBM_TEST_RACES=1.
 #pragma once
 
 #include <cstdint>
