@@ -133,7 +133,7 @@ def load(path: Path | str) -> ModuleType:
 def host_module() -> ModuleType:
     """`cuda_on_host`: the functions cuda_* of jlebm_fast._C for CPU memory.
 
-    JLEBM_TEST_PTX=1 in the environment takes what nvcc has made of each kernel (test_ptx.py).
+    JLEBM_TEST_PTX=1 in the environment takes what nvcc has made of each kernel (test_ptx_of_nvcc.py).
     """
     if os.environ.get("JLEBM_TEST_PTX") == "1":
         sys.path.append(str(ROOT / "tests/ptx"))

@@ -1,4 +1,4 @@
-"""The checks under checks/ belong to processes of their own (test_interpreter.py, test_ptx.py)."""
+"""The checks under checks/ belong to processes of their own (test_interpreter.py, test_ptx_of_triton.py)."""
 
 import os
 

@@ -1,5 +1,5 @@
 """Checks of the Triton kernels without a GPU, in a process of their own: under the interpreter (TRITON_INTERPRET=1,
-test_interpreter.py), or compiled for a chip and run on the CPU (JLEBM_TEST_PTX=sm_90, test_ptx.py).
+test_interpreter.py), or compiled for a chip and run on the CPU (JLEBM_TEST_PTX=sm_90, test_ptx_of_triton.py).
 """
 
 import os
