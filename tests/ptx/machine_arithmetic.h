@@ -26,7 +26,6 @@ inline float f32(u32 bits) { return jlebm::cuda::bits_float(bits); }
 inline u32 bits(float v) { return v != v ? 0x7fffffffu : jlebm::cuda::float_bits(v); } // NaN is canonical
 
 // --- arithmetic on integers
-// -------------------------------------------------------------------------------------------
 #define JLEBM_PTX_1(name, T, expression)                                                                               \
     template <class D>                                                                                                 \
     inline void name(D& d, T a) {                                                                                      \
@@ -202,7 +201,6 @@ inline void unpack(const S& whole, T& a, T& b, T& c, T& d) {
 }
 
 // --- float32: one rounding each; the program is compiled without contraction
-// -------------------------------------------
 #define JLEBM_PTX_FLOAT_1(name, expression) JLEBM_PTX_1(name, u32, expression)
 #define JLEBM_PTX_FLOAT_2(name, expression) JLEBM_PTX_2(name, u32, expression)
 JLEBM_PTX_FLOAT_2(add_f32, bits(f32(a) + f32(b)))
@@ -274,7 +272,6 @@ JLEBM_PTX_FLOAT_2(div_full_f32, approximate(double(f32(a)) / double(f32(b)), a ^
 JLEBM_PTX_FLOAT_1(lg2_approx_f32, bits(float(std::log2(double(f32(a))))))
 
 // --- conversions
-// ------------------------------------------------------------------------------------------------------
 #define JLEBM_PTX_CVT(to, To, from, From)                                                                              \
     template <class D>                                                                                                 \
     inline void cvt_##to##_##from(D& d, From a) {                                                                      \
